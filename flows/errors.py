@@ -14,7 +14,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One thing wrong with a document. *path* is dotted, list positions as numbers: ``stages.0.algorithm``."""
+    """One thing wrong with a document. *path* is dotted, positions as numbers: ``stages.0.algorithm``."""
 
     path: str
     message: str

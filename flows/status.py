@@ -155,7 +155,7 @@ _FAILED_STATUS: Final = {
 
 def status_of(steps: Iterable[tuple[Phase, Outcome]]) -> Status:
     """
-    The status of one stage whose flow is alive, from what is known of its steps. Steps not named have not begun.
+    The status of one stage whose flow is alive, from its steps; steps not named have not begun.
 
     A failed step does not end the job here: the flow still has to publish the log and say so itself, so a
     stage with a failed step shows the step that is failing, not a terminal status.

@@ -1,0 +1,330 @@
+"""What a job is, what can be asked of the jobs there are, and a small real implementation in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import IntEnum
+from typing import Any
+
+from blocks.limits import Offer
+from flows.errors import AgreementInUse, InvalidParameter, JobNotFound, NoSuchResult
+from flows.plan import Plan, compile_plan
+from flows.status import TERMINAL, TEXT, Status
+from flows.workflow import Workflow
+
+
+class StopRequest(IntEnum):
+    """``stopreq`` on the wire."""
+
+    NONE = 0
+    STOP = 1
+    TIMED_OUT = 2
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A status a job has had. Polling can miss a short one; this list cannot."""
+
+    status: Status
+    at: datetime
+    stage: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One file a job has published; its place in ``Job.results`` is its index on the wire."""
+
+    filename: str
+    """Relative, ``/``-separated; prefixed with ``<stage>/`` where several stages have published."""
+    filesize: int
+    media_type: str
+    kind: str
+    """output, algorithmLog, configrationLog (spelled so on the wire), filteringLog, publishLog."""
+    sha256: str
+
+
+ADMIN_KINDS = frozenset({"configrationLog", "publishLog"})
+"""Logs for admins only; spec 000 "Status"."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as every dialect tells of it. Times are UTC."""
+
+    id: str
+    """32 hex digits."""
+    owner: str
+    agreement_id: str
+    environment: str
+    status: Status
+    created: datetime
+    finished: datetime | None = None
+    detail: str = ""
+    """Follows the status text where the table says that the text tells which, as in 41."""
+    reason: str = ""
+    """Why the job is where it is and what comes next; never empty while it runs."""
+    stopped_in: Status = Status.WARMING_UP
+    """For a stopped or deleted job: the last status before."""
+    stage: int | None = None
+    stages: int = 1
+    progress: float = 0.0
+    """0 to 1: the share of the steps that are done, with the bytes of the running fetch counted in."""
+    history: tuple[Transition, ...] = ()
+    results: tuple[Result, ...] = ()
+    stop_request: StopRequest = StopRequest.NONE
+    removed: bool = False
+    algorithm_did: str | None = None
+    input_dids: tuple[str, ...] = ()
+    whitelist: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """``statusText``."""
+        return f"{TEXT[self.status]}: {self.detail}" if self.detail else TEXT[self.status]
+
+    @property
+    def ended(self) -> bool:
+        return self.status in TERMINAL
+
+
+@dataclass(frozen=True)
+class JobQuery:
+    """Which jobs are meant: those that match every part that is given. Nothing given matches nothing."""
+
+    job_id: str | None = None
+    agreement_id: str | None = None
+    owner: str | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.job_id or self.agreement_id or self.owner)
+
+    def matches(self, job: Job) -> bool:
+        return (
+            not self.empty
+            and (not self.job_id or self.job_id == job.id)
+            and (not self.agreement_id or self.agreement_id == job.agreement_id)
+            and (not self.owner or self.owner.lower() == job.owner.lower())
+        )
+
+
+def parse_job_id(text: str) -> str:
+    """
+    32 hex digits, in lower case.
+
+    Raises:
+        InvalidParameter: Anything else. A short id is refused, never read as absent: in the original system a
+            one-letter id stopped all of an owner's jobs.
+    """
+    value = text.lower()
+    if len(value) != 32 or any(c not in "0123456789abcdef" for c in value):
+        raise InvalidParameter("jobId must be 32 hexadecimal digits")
+    return value
+
+
+def document_digest(workflow: Workflow) -> bytes:
+    """SHA-256 of what the document says, independent of its spelling. Tells a repeat from another job."""
+    canonical = json.dumps(workflow.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
+
+
+@dataclass(frozen=True)
+class EnvironmentState:
+    """An environment on offer and how busy it is."""
+
+    offer: Offer
+    running: int
+    waiting: int
+    last_seen: datetime | None
+    """When a worker of its pool last reported; None: never."""
+    obstacle: str | None = None
+    """Why it cannot run jobs at present; None when it can."""
+
+
+class Jobs(ABC):
+    """
+    The jobs of this service. Every implementation passes ``tests/test_jobs_contract.py``.
+
+    Every method may raise NotReady when what it relies on cannot be reached.
+    """
+
+    @abstractmethod
+    async def submit(self, workflow: Workflow) -> Job:
+        """
+        Take a job in: durable when this returns, and nothing else waits for it.
+
+        The same agreement and document again, at the same time or later, answers the one job there is.
+
+        Raises:
+            InvalidWorkflow: Every problem of the document.
+            AgreementInUse: Another document already has this agreement.
+        """
+
+    @abstractmethod
+    async def find(self, query: JobQuery) -> list[Job]:
+        """Jobs that match, oldest first; an empty list when none does."""
+
+    @abstractmethod
+    async def running(self) -> list[Job]:
+        """Every job that has not ended, oldest first."""
+
+    @abstractmethod
+    async def stop(self, query: JobQuery) -> list[Job]:
+        """
+        End the matching jobs that have not ended and answer all matching, as they are afterwards.
+
+        A job that has ended is left as it is. Returns once the algorithm is gone, or after a deadline with
+        ``stop_request`` set.
+        """
+
+    @abstractmethod
+    async def delete(self, query: JobQuery) -> list[Job]:
+        """
+        Stop the matching jobs, then remove them with everything they left; answers each as DELETED. Afterwards
+        they are unknown.
+        """
+
+    @abstractmethod
+    async def environments(self) -> list[EnvironmentState]:
+        """What is on offer, by id."""
+
+    @abstractmethod
+    async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
+        """
+        Bytes *start* to *end* (exclusive) of a result, in chunks. The iterator blocks: not for the event loop.
+
+        Raises:
+            JobNotFound, NoSuchResult.
+        """
+
+
+async def only_job(jobs: Jobs, job_id: str) -> Job:
+    """The job with this id. Raises JobNotFound."""
+    found = await jobs.find(JobQuery(job_id=job_id))
+    if not found:
+        raise JobNotFound(f"No job {job_id}")
+    return found[0]
+
+
+def summary_of(plan: Plan, workflow: Workflow) -> Mapping[str, Any]:
+    """What may be read in clear of a sealed document: names and numbers, no URL, code or user data."""
+    stages = plan.stages
+    return {
+        "agreement": plan.agreement_id,
+        "owner": plan.owner,
+        "environments": sorted({stage.environment for stage in stages}),
+        "stages": [stage.index for stage in stages],
+        "inputs": [planned.id for stage in stages for planned in stage.inputs if planned.stage is None],
+        "urls": sum(len(planned.urls) for stage in stages for planned in stage.inputs),
+        "algorithm": next((stage.algorithm_id for stage in stages if stage.algorithm_id), None),
+        "image": f"{stages[-1].container.image}:{stages[-1].container.tag}",
+        "whitelist": sorted({address for stage in workflow.stages for address in stage.output.whitelist}),
+    }
+
+
+@dataclass
+class MemoryJobs(Jobs):
+    """
+    Jobs in memory, moved by the caller instead of by a flow: for tests of what stands above.
+
+    Not safe over threads; one event loop only.
+    """
+
+    offers: Mapping[str, Offer]
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    _jobs: dict[str, Job] = field(default_factory=dict)
+    _digests: dict[str, bytes] = field(default_factory=dict)
+    _bodies: dict[tuple[str, int], bytes] = field(default_factory=dict)
+
+    async def submit(self, workflow: Workflow) -> Job:
+        plan = compile_plan(workflow, self.offers)
+        digest = document_digest(workflow)
+        for job in self._jobs.values():
+            if job.agreement_id == plan.agreement_id:
+                if self._digests[job.id] != digest:
+                    raise AgreementInUse
+                return job
+        summary = summary_of(plan, workflow)
+        at = self.now()
+        job = Job(
+            id=uuid.uuid4().hex,
+            owner=plan.owner,
+            agreement_id=plan.agreement_id,
+            environment=plan.stages[0].environment,
+            status=Status.WARMING_UP,
+            created=at,
+            reason="waiting for a worker",
+            stages=len(plan.stages),
+            history=(Transition(Status.WARMING_UP, at),),
+            algorithm_did=summary["algorithm"],
+            input_dids=tuple(summary["inputs"]),
+            whitelist=tuple(summary["whitelist"]),
+        )
+        self._jobs[job.id] = job
+        self._digests[job.id] = digest
+        return job
+
+    def move(self, job_id: str, status: Status, *, detail: str = "", reason: str = "") -> Job:
+        """Bring a job to *status*, as its flow would."""
+        at = self.now()
+        job = self._jobs[job_id]
+        moved = replace(
+            job,
+            status=status,
+            detail=detail,
+            reason=reason or TEXT[status],
+            finished=at if status in TERMINAL else None,
+            stopped_in=job.status,
+            progress=1.0 if status is Status.COMPLETED else job.progress,
+            history=(*job.history, Transition(status, at)),
+        )
+        self._jobs[job_id] = moved
+        return moved
+
+    def publish(self, job_id: str, results: Iterable[tuple[Result, bytes]]) -> None:
+        """Give a job results, in their order on the wire."""
+        pairs = list(results)
+        self._jobs[job_id] = replace(self._jobs[job_id], results=tuple(result for result, _ in pairs))
+        for index, (_, body) in enumerate(pairs):
+            self._bodies[job_id, index] = body
+
+    async def find(self, query: JobQuery) -> list[Job]:
+        return sorted((job for job in self._jobs.values() if query.matches(job)), key=lambda job: job.created)
+
+    async def running(self) -> list[Job]:
+        return sorted((job for job in self._jobs.values() if not job.ended), key=lambda job: job.created)
+
+    async def stop(self, query: JobQuery) -> list[Job]:
+        for job in await self.find(query):
+            if not job.ended:
+                self.move(job.id, Status.STOPPED, reason="stopped on request")
+        return await self.find(query)
+
+    async def delete(self, query: JobQuery) -> list[Job]:
+        deleted = []
+        for job in await self.stop(query):
+            last = job.stopped_in if job.status is Status.STOPPED else job.status
+            deleted.append(
+                replace(self.move(job.id, Status.DELETED), stopped_in=last, removed=True, results=())
+            )
+            del self._jobs[job.id], self._digests[job.id]
+            self._bodies = {key: body for key, body in self._bodies.items() if key[0] != job.id}
+        return deleted
+
+    async def environments(self) -> list[EnvironmentState]:
+        return [
+            EnvironmentState(offer=offer, running=0, waiting=0, last_seen=self.now())
+            for _, offer in sorted(self.offers.items())
+        ]
+
+    async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
+        await only_job(self, job_id)
+        if (job_id, index) not in self._bodies:
+            raise NoSuchResult(f"No such index {index} in this compute job")
+        return iter([self._bodies[job_id, index][start:end]])

@@ -1,0 +1,396 @@
+"""A workflow document becomes a frozen, printable plan, or all of its problems at once. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from blocks.limits import GIB, Limits, Offer
+from flows.errors import InvalidWorkflow, Problem
+from flows.status import Phase
+from flows.workflow import Algorithm, Container, Input, Stage, Workflow
+
+MAX_STAGES: Final = 100
+MAX_URLS: Final = 20_000
+MAX_RAWCODE: Final = 10 * 1024**2
+
+DID_PREFIX: Final = "did:op:"
+
+# A data set's id is a folder name under /data/inputs, so nothing may pass that a file system or a shell reads
+# differently. Unicode look-alikes are out with everything else that is not listed.
+_SAFE_ID: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,199}$")
+_VARIABLE: Final = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
+_CHECKSUM: Final = re.compile(r"^sha256:[0-9a-f]{64}$")
+_IMAGE: Final = re.compile(r"^[a-z0-9][a-z0-9._/:-]{0,254}$")
+_TAG: Final = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")
+RESERVED_NAMES: Final = frozenset({"algoCustomData.json"})
+RESERVED_VARIABLES: Final = frozenset(
+    {"DIDS", "TRANSFORMATION_DID", "VOLUME", "INPUTS", "OUTPUTS", "LOGS", "ALGO", "secret", "PATH", "HOME"}
+)
+
+
+def folder_name(asset_id: str) -> str:
+    """The name of a data set's folder: its id without ``did:op:``."""
+    return asset_id.removeprefix(DID_PREFIX)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One task. *after* names the steps that must be done first."""
+
+    name: str
+    stage: int
+    phase: Phase
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """One data set of a stage: by URL or from another stage, never both."""
+
+    id: str
+    urls: tuple[str, ...] = field(repr=False, default=())
+    stage: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """Everything the steps of one stage need, in plain values."""
+
+    index: int
+    environment: str
+    depends_on: tuple[int, ...]
+    inputs: tuple[PlannedInput, ...]
+    algorithm_id: str | None
+    algorithm_url: str | None = field(repr=False)
+    rawcode: str | None = field(repr=False)
+    container: Container
+    limits: Limits
+    custom_data: Any = field(repr=False)
+    variables: Mapping[str, str] = field(repr=False)
+    publish_output: bool
+    publish_algorithm_log: bool
+
+    @property
+    def dids(self) -> tuple[str, ...]:
+        return tuple(folder_name(planned.id) for planned in self.inputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done for a job, in an order in which it can be done."""
+
+    agreement_id: str
+    owner: str
+    stages: tuple[PlannedStage, ...]
+    steps: tuple[Step, ...]
+
+    def stage(self, index: int) -> PlannedStage:
+        return next(stage for stage in self.stages if stage.index == index)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"agreement {self.agreement_id}, owner {self.owner}: {len(self.stages)} stage(s)"
+        for stage in self.stages:
+            limits = stage.limits
+            yield ""
+            waits = f", after stage {', '.join(map(str, stage.depends_on))}" if stage.depends_on else ""
+            yield f"stage {stage.index} in {stage.environment}{waits}"
+            for planned in stage.inputs:
+                source = (
+                    f"stage {planned.stage}" if planned.stage is not None else f"{len(planned.urls)} URL(s)"
+                )
+                yield f"  input      {planned.id}: {source}"
+            code = "by URL" if stage.algorithm_url else "raw code"
+            yield f"  algorithm  {stage.algorithm_id or 'unnamed'} ({code}): {stage.container.entrypoint}"
+            yield (
+                f"  limits     {limits.seconds:g} s, {limits.memory_bytes / GIB:g} GiB memory, "
+                f"{limits.disk_bytes / GIB:g} GiB disk, {limits.cpus:g} cpu, {limits.gpus} gpu"
+            )
+            publishes = [
+                name
+                for name, wanted in (("outputs", stage.publish_output), ("log", stage.publish_algorithm_log))
+                if wanted
+            ]
+            yield f"  publishes  {' and '.join(publishes) or 'nothing'}"
+        yield ""
+        width = max(len(step.name) for step in self.steps)
+        for step in self.steps:
+            yield f"{step.name:<{width}}  <-  {', '.join(step.after) or 'start'}"
+
+
+def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
+    """
+    Check what *workflow* means against the environments on *offers* (by id) and lay out its steps.
+
+    Raises:
+        InvalidWorkflow: Every problem found, each with its path in the document.
+
+    Source: spec 000 "Create new job"; contract, section 4.
+    """
+    indexes = tuple(
+        position if stage.index is None else stage.index for position, stage in enumerate(workflow.stages)
+    )
+    problems = [*_size_problems(workflow), *_index_problems(indexes)]
+    dependencies = dict(zip(indexes, _dependencies(workflow.stages, indexes), strict=True))
+    problems.extend(_dependency_problems(workflow.stages, indexes, dependencies))
+    for position, stage in enumerate(workflow.stages):
+        problems.extend(_stage_problems(f"stages.{position}", stage, offers))
+    if problems:
+        raise InvalidWorkflow(problems)
+    by_index = dict(zip(indexes, workflow.stages, strict=True))
+    order = _ordered(dependencies)
+    stages = tuple(_planned(index, by_index[index], dependencies[index], offers) for index in order)
+    return Plan(
+        agreement_id=workflow.agreement_id,
+        owner=workflow.owner,
+        stages=stages,
+        steps=tuple(step for stage in stages for step in _steps(stage)),
+    )
+
+
+def _ordered(dependencies: Mapping[int, tuple[int, ...]]) -> list[int]:
+    """Topological, lowest index first among those that could go next: the same document, the same plan."""
+    sorter = TopologicalSorter(dependencies)
+    sorter.prepare()
+    order: list[int] = []
+    ready: list[int] = []
+    while sorter.is_active():
+        ready.extend(sorter.get_ready())
+        ready.sort(reverse=True)
+        index = ready.pop()
+        order.append(index)
+        sorter.done(index)
+    return order
+
+
+def _steps(stage: PlannedStage) -> Iterator[Step]:
+    def name(phase: Phase, index: int = stage.index) -> str:
+        return f"{index}/{phase}"
+
+    done_before = tuple(name(Phase.PUBLISH, index) for index in stage.depends_on)
+    yield Step(name(Phase.DATA), stage.index, Phase.DATA, done_before)
+    yield Step(name(Phase.ALGORITHM), stage.index, Phase.ALGORITHM, done_before)
+    yield Step(name(Phase.RUN), stage.index, Phase.RUN, (name(Phase.DATA), name(Phase.ALGORITHM)))
+    yield Step(name(Phase.FILTER), stage.index, Phase.FILTER, (name(Phase.RUN),))
+    yield Step(name(Phase.PUBLISH), stage.index, Phase.PUBLISH, (name(Phase.FILTER),))
+
+
+def _planned(
+    index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapping[str, Offer]
+) -> PlannedStage:
+    offer = offers[stage.compute.namespace]
+    asked = stage.compute.resources
+    algorithm = stage.algorithm
+    return PlannedStage(
+        index=index,
+        environment=offer.id,
+        depends_on=depends_on,
+        inputs=tuple(
+            PlannedInput(id=_input_id(part), urls=part.url, stage=part.stage)
+            for part in _in_order(stage.input)
+        ),
+        algorithm_id=algorithm.id,
+        algorithm_url=algorithm.url or None,
+        rawcode=None if algorithm.url else algorithm.rawcode,
+        container=algorithm.container,
+        limits=offer.limits.capped(
+            seconds=stage.compute.maxtime,
+            memory_bytes=None if asked.ram is None else int(asked.ram * GIB),
+            disk_bytes=None if asked.disk is None else int(asked.disk * GIB),
+            cpus=asked.cpu,
+            gpus=0 if asked.gpu is None else asked.gpu,
+        ),
+        custom_data=algorithm.algocustomdata,
+        variables=dict(algorithm.envs or {}),
+        publish_output=stage.output.publish_output,
+        publish_algorithm_log=stage.output.publish_algorithm_log,
+    )
+
+
+def _in_order(inputs: tuple[Input, ...]) -> list[Input]:
+    """By their index where they have one; the order of the document otherwise."""
+    return [
+        part
+        for _, _, part in sorted(
+            ((n if part.index is None else part.index), n, part) for n, part in enumerate(inputs)
+        )
+    ]
+
+
+def _input_id(part: Input) -> str:
+    return part.id or f"stage-{part.stage}"
+
+
+def _dependencies(stages: tuple[Stage, ...], indexes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    ordered = sorted(set(indexes))
+    for stage, index in zip(stages, indexes, strict=True):
+        named = {part.stage for part in stage.input if part.stage is not None}
+        before = [other for other in ordered if other < index]
+        if stage.depends_on is not None:
+            yield tuple(sorted(set(stage.depends_on)))
+        elif named:
+            yield tuple(sorted(named))
+        else:
+            yield tuple(before[-1:])
+
+
+def _size_problems(workflow: Workflow) -> Iterator[Problem]:
+    if not workflow.stages:
+        yield Problem("stages", "give at least one stage")
+    if len(workflow.stages) > MAX_STAGES:
+        yield Problem("stages", f"{len(workflow.stages)} stages; at most {MAX_STAGES}")
+    urls = sum(len(part.url) for stage in workflow.stages for part in stage.input)
+    if urls > MAX_URLS:
+        yield Problem("stages", f"{urls} input URLs in all; at most {MAX_URLS}")
+
+
+def _index_problems(indexes: tuple[int, ...]) -> Iterator[Problem]:
+    seen: set[int] = set()
+    for position, index in enumerate(indexes):
+        if index in seen:
+            yield Problem(f"stages.{position}.index", f"index {index} is used by another stage too")
+        seen.add(index)
+
+
+def _dependency_problems(
+    stages: tuple[Stage, ...], indexes: tuple[int, ...], dependencies: Mapping[int, tuple[int, ...]]
+) -> Iterator[Problem]:
+    known = set(indexes)
+    for position, (stage, index) in enumerate(zip(stages, indexes, strict=True)):
+        for n, named in enumerate(stage.depends_on or ()):
+            if named not in known:
+                yield Problem(f"stages.{position}.dependsOn.{n}", f"there is no stage {named}")
+        for n, part in enumerate(stage.input):
+            if part.stage is None:
+                continue
+            path = f"stages.{position}.input.{n}.stage"
+            if part.stage not in known:
+                yield Problem(path, f"there is no stage {part.stage}")
+            elif part.stage not in _ancestors(index, dependencies):
+                yield Problem(path, f"stage {part.stage} is not among the stages this one depends on")
+    graph = {index: [d for d in after if d in known] for index, after in dependencies.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as cycle:
+        members = list(reversed(cycle.args[1]))
+        position = indexes.index(members[0])
+        yield Problem(
+            f"stages.{position}.dependsOn", f"stages wait for each other: {' -> '.join(map(str, members))}"
+        )
+
+
+def _ancestors(index: int, dependencies: Mapping[int, tuple[int, ...]]) -> set[int]:
+    found: set[int] = set()
+    todo = list(dependencies.get(index, ()))
+    while todo:
+        other = todo.pop()
+        if other not in found:
+            found.add(other)
+            todo.extend(dependencies.get(other, ()))
+    return found
+
+
+def _stage_problems(path: str, stage: Stage, offers: Mapping[str, Offer]) -> Iterator[Problem]:
+    compute = stage.compute
+    offer = offers.get(compute.namespace)
+    if not compute.namespace:
+        yield Problem(f"{path}.compute.namespace", f"name a compute environment: {_names(offers)}")
+    elif offer is None:
+        yield Problem(
+            f"{path}.compute.namespace", f"no such compute environment; there is {_names(offers) or 'none'}"
+        )
+    if compute.instances != 1:
+        yield Problem(f"{path}.compute.Instances", "only one instance of an algorithm is run")
+    if offer is not None and (compute.resources.gpu or 0) > offer.limits.gpus:
+        yield Problem(
+            f"{path}.compute.resources.gpu",
+            f"asks for {compute.resources.gpu} GPU(s); the environment has {offer.limits.gpus}",
+        )
+    names: dict[str, int] = {}
+    for n, part in enumerate(stage.input):
+        here = f"{path}.input.{n}"
+        yield from _input_problems(here, part, offer)
+        name = folder_name(_input_id(part)) if part.id or part.stage is not None else ""
+        if name and names.setdefault(name, n) != n:
+            yield Problem(f"{here}.id", f"input {names[name]} has this id too")
+    yield from _algorithm_problems(f"{path}.algorithm", stage.algorithm, offer)
+
+
+def _names(offers: Mapping[str, Offer]) -> str:
+    return ", ".join(sorted(offers))
+
+
+def _input_problems(path: str, part: Input, offer: Offer | None) -> Iterator[Problem]:
+    given = [name for name in ("url", "remote", "stage") if getattr(part, name) not in (None, ())]
+    if len(given) != 1:
+        yield Problem(path, f"give one of url, remote, stage; {' and '.join(given) or 'none'} is given")
+    if part.remote is not None:
+        yield Problem(f"{path}.remote", "looking assets up in a metadata store is not offered yet; give url")
+    if not part.id:
+        if part.stage is None:
+            yield Problem(f"{path}.id", "is required")
+    elif not _SAFE_ID.match(part.id) or not _SAFE_ID.match(folder_name(part.id)) or ".." in part.id:
+        yield Problem(
+            f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only, at most 200 of them"
+        )
+    elif folder_name(part.id) in RESERVED_NAMES:
+        yield Problem(f"{path}.id", "is a reserved name")
+    for n, url in enumerate(part.url):
+        yield from _url_problems(f"{path}.url.{n}", url, offer)
+
+
+def _url_problems(path: str, url: str, offer: Offer | None) -> Iterator[Problem]:
+    """Never quotes the URL: it is its owner's secret, and this text reaches logs and screens."""
+    schemes = offer.fetch.schemes if offer is not None else ()
+    if any(ord(c) < 0x21 or ord(c) == 0x7F for c in url):
+        yield Problem(path, "has white space or control characters")
+        return
+    if "::" in url.split("://", 1)[0]:
+        yield Problem(path, "chained URLs are not allowed")
+        return
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        yield Problem(path, "is not a URL")
+        return
+    if offer is not None and parts.scheme.lower() not in schemes:
+        yield Problem(path, f"its scheme is not allowed in this environment; allowed: {', '.join(schemes)}")
+    elif not host and parts.scheme.lower() != "memory":
+        yield Problem(path, "names no host")
+
+
+def _algorithm_problems(path: str, algorithm: Algorithm, offer: Offer | None) -> Iterator[Problem]:
+    if algorithm.remote is not None and not algorithm.url and not algorithm.rawcode:
+        yield Problem(f"{path}.remote", "looking algorithms up is not offered yet; give url or rawcode")
+    elif not algorithm.url and not algorithm.rawcode:
+        yield Problem(path, "give url or rawcode")
+    if algorithm.url:
+        yield from _url_problems(f"{path}.url", algorithm.url, offer)
+    if algorithm.rawcode and len(algorithm.rawcode.encode("utf-8", "surrogatepass")) > MAX_RAWCODE:
+        yield Problem(f"{path}.rawcode", f"is longer than {MAX_RAWCODE} bytes; give url")
+    if algorithm.id and (not _SAFE_ID.match(algorithm.id) or ".." in algorithm.id):
+        yield Problem(f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only")
+    container = algorithm.container
+    if not container.entrypoint.strip():
+        yield Problem(f"{path}.container.entrypoint", "is required, for example: python3 $ALGO")
+    elif "\x00" in container.entrypoint:
+        yield Problem(f"{path}.container.entrypoint", "has a NUL character")
+    if not _IMAGE.match(container.image):
+        yield Problem(f"{path}.container.image", "is required and must be the name of a container image")
+    if not _TAG.match(container.tag):
+        yield Problem(f"{path}.container.tag", "is no tag of a container image")
+    if container.checksum and not _CHECKSUM.match(container.checksum):
+        yield Problem(f"{path}.container.checksum", "must be sha256: and 64 hex digits")
+    for name in algorithm.envs or {}:
+        if not _VARIABLE.match(name) or "\x00" in (algorithm.envs or {})[name]:
+            yield Problem(f"{path}.envs", "has a name or value that is no environment variable")
+        elif name in RESERVED_VARIABLES:
+            yield Problem(f"{path}.envs.{name}", "is set by the service")

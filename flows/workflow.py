@@ -1,0 +1,175 @@
+"""The workflow document, spec 000 "Create new job", as frozen values: its shape, not its meaning. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+
+from flows.errors import InvalidWorkflow, Problem
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Scalar = Annotated[str, StringConstraints(max_length=2_000, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _flag(value: Any) -> Any:
+    """True for true, 1 and "1", as clients of the original systems write them."""
+    if value is None:
+        return True
+    return {"1": True, "0": False, "true": True, "false": False}.get(str(value).lower(), value)
+
+
+def _text(value: Any) -> Any:
+    """Tags such as ``10`` arrive as numbers."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Urls = Annotated[
+    tuple[Annotated[str, StringConstraints(min_length=1, max_length=8_192)], ...],
+    BeforeValidator(_one_or_many),
+]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+
+
+class Document(BaseModel):
+    """
+    Base of every part. Unknown keys are ignored, as the original systems ignore them; values that may be
+    secrets (URLs, code, user data) have ``repr=False`` so that no log or error can show them.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        hide_input_in_errors=True,
+        str_strip_whitespace=False,
+    )
+
+
+class Remote(Document):
+    """An asset to be looked up in a metadata store; contract, section 4."""
+
+    tx_id: Scalar = Field(default="", alias="txId")
+    service_id: Scalar = Field(default="", alias="serviceId")
+    userdata: Any = Field(default=None, repr=False)
+
+
+class Input(Document):
+    """One data set: by URL, by look-up, or the outputs of another stage (ours)."""
+
+    id: Scalar = ""
+    index: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    url: Urls = Field(default=(), repr=False)
+    remote: Remote | None = None
+    stage: int | None = None
+
+
+class Resources(Document):
+    """What a stage asks for; never more than its environment allows. *ram* and *disk* are GiB."""
+
+    cpu: Annotated[float, Field(gt=0, le=4096)] | None = None
+    ram: Annotated[float, Field(gt=0, le=65_536)] | None = None
+    disk: Annotated[float, Field(gt=0, le=1_048_576)] | None = None
+    gpu: Annotated[int, Field(ge=0, le=1024)] | None = None
+
+
+class Compute(Document):
+    instances: int = Field(default=1, validation_alias=AliasChoices("Instances", "instances"))
+    namespace: Scalar = ""
+    maxtime: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    """Seconds; the smaller of it and the environment's limit holds."""
+    resources: Resources = Resources()
+
+
+class Container(Document):
+    image: Scalar = ""
+    tag: Annotated[Scalar, BeforeValidator(_text)] = "latest"
+    checksum: Scalar | None = None
+    entrypoint: Annotated[str, StringConstraints(max_length=10_000)] = ""
+
+
+class Algorithm(Document):
+    """One of url, rawcode, remote; ``url`` wins over ``rawcode``, as in the document's own example."""
+
+    id: Scalar | None = None
+    url: Annotated[str, StringConstraints(max_length=8_192)] | None = Field(default=None, repr=False)
+    rawcode: str | None = Field(default=None, repr=False)
+    remote: Remote | None = None
+    container: Container = Container()
+    algouserdata: Any = Field(default=None, repr=False)
+    algocustomdata: Any = Field(default=None, repr=False)
+    envs: Mapping[str, Annotated[str, BeforeValidator(_text)]] | None = Field(default=None, repr=False)
+
+
+class Output(Document):
+    """Where results go. Every key in both of its spellings; contract, section 4."""
+
+    brizo_uri: Scalar | None = Field(default=None, validation_alias=AliasChoices("brizoUri", "brizoUrl"))
+    metadata_uri: Scalar | None = Field(
+        default=None, validation_alias=AliasChoices("metadataUri", "metadataUrl")
+    )
+    secret_store_uri: Scalar | None = Field(
+        default=None, validation_alias=AliasChoices("secretStoreUri", "secretStoreUrl")
+    )
+    node_uri: Scalar | None = Field(default=None, validation_alias=AliasChoices("nodeUri", "nodeUrl"))
+    brizo_address: Scalar | None = Field(default=None, validation_alias=AliasChoices("brizoAddress"))
+    metadata: Any = None
+    whitelist: tuple[Scalar, ...] = ()
+    owner: Scalar | None = None
+    publish_output: Flag = Field(
+        default=True, validation_alias=AliasChoices("publishoutput", "publishOutput")
+    )
+    publish_algorithm_log: Flag = Field(
+        default=True, validation_alias=AliasChoices("publishalgolog", "publishAlgorithmLog")
+    )
+
+
+class Stage(Document):
+    index: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    input: tuple[Input, ...]
+    compute: Compute
+    algorithm: Algorithm
+    output: Output
+    depends_on: tuple[int, ...] | None = Field(default=None, alias="dependsOn")
+
+
+class Workflow(Document):
+    agreement_id: Name = Field(alias="agreementId")
+    owner: Name
+    stages: tuple[Stage, ...]
+
+
+PARTS: Final = ("algorithm", "compute", "input", "output")
+
+
+def parse_workflow(document: Any) -> Workflow:
+    """
+    The document as values.
+
+    Raises:
+        InvalidWorkflow: Every fault of shape at once, each with its path; nothing of the document is quoted.
+    """
+    try:
+        return Workflow.model_validate(document)
+    except ValidationError as fault:
+        raise InvalidWorkflow(
+            Problem(".".join(map(str, error["loc"])) or "workflow", _sentence(error["type"], error["msg"]))
+            for error in fault.errors(include_url=False, include_context=False, include_input=False)
+        ) from None
+
+
+def _sentence(kind: str, message: str) -> str:
+    return "is required" if kind == "missing" else message
