@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Iterable
+from ipaddress import ip_network
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 
 MIB = 1024**2
 GIB = 1024**3
+
+
+
+def _listed(value: Any) -> Any:
+    """A list, or one string with commas: the form an environment variable can have."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _networks(blocks: Iterable[str]) -> tuple[str, ...]:
+    return tuple(str(ip_network(block)) for block in blocks)
 
 
 class Limits(BaseModel):
@@ -43,7 +55,7 @@ class FetchLimits(BaseModel):
 
     schemes: tuple[str, ...] = ("http", "https")
     """URL schemes a consumer may name. Anything fsspec opens can be added; chains (``zip::``) never."""
-    networks: tuple[str, ...] = ()
+    networks: Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_networks)] = ()
     """CIDR blocks of non-public addresses that are allowed all the same, for example ``127.0.0.0/8``."""
     connections: Positive = 64
     connections_per_host: Positive = 32

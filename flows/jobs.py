@@ -186,8 +186,8 @@ class Jobs(ABC):
     @abstractmethod
     async def delete(self, query: JobQuery) -> list[Job]:
         """
-        Stop the matching jobs, then remove them with everything they left; answers each as DELETED. Afterwards
-        they are unknown.
+        Stop the matching jobs, then remove them with everything they left; answers each as DELETED.
+        Afterwards they are unknown.
         """
 
     @abstractmethod
@@ -197,7 +197,7 @@ class Jobs(ABC):
     @abstractmethod
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
         """
-        Bytes *start* to *end* (exclusive) of a result, in chunks. The iterator blocks: not for the event loop.
+        Bytes *start* to *end* (exclusive) of a result, in chunks. The iterator blocks.
 
         Raises:
             JobNotFound, NoSuchResult.
@@ -220,6 +220,7 @@ def summary_of(plan: Plan, workflow: Workflow) -> Mapping[str, Any]:
         "owner": plan.owner,
         "environments": sorted({stage.environment for stage in stages}),
         "stages": [stage.index for stage in stages],
+        "seconds": {str(stage.index): stage.limits.seconds for stage in stages},
         "inputs": [planned.id for stage in stages for planned in stage.inputs if planned.stage is None],
         "urls": sum(len(planned.urls) for stage in stages for planned in stage.inputs),
         "algorithm": next((stage.algorithm_id for stage in stages if stage.algorithm_id), None),
@@ -310,9 +311,7 @@ class MemoryJobs(Jobs):
         deleted = []
         for job in await self.stop(query):
             last = job.stopped_in if job.status is Status.STOPPED else job.status
-            deleted.append(
-                replace(self.move(job.id, Status.DELETED), stopped_in=last, removed=True, results=())
-            )
+            deleted.append(replace(self.move(job.id, Status.DELETED), stopped_in=last, removed=True, results=()))
             del self._jobs[job.id], self._digests[job.id]
             self._bodies = {key: body for key, body in self._bodies.items() if key[0] != job.id}
         return deleted

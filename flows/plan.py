@@ -103,9 +103,7 @@ class Plan:
             waits = f", after stage {', '.join(map(str, stage.depends_on))}" if stage.depends_on else ""
             yield f"stage {stage.index} in {stage.environment}{waits}"
             for planned in stage.inputs:
-                source = (
-                    f"stage {planned.stage}" if planned.stage is not None else f"{len(planned.urls)} URL(s)"
-                )
+                source = f"stage {planned.stage}" if planned.stage is not None else f"{len(planned.urls)} URL(s)"
                 yield f"  input      {planned.id}: {source}"
             code = "by URL" if stage.algorithm_url else "raw code"
             yield f"  algorithm  {stage.algorithm_id or 'unnamed'} ({code}): {stage.container.entrypoint}"
@@ -134,12 +132,12 @@ def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
 
     Source: spec 000 "Create new job"; contract, section 4.
     """
-    indexes = tuple(
-        position if stage.index is None else stage.index for position, stage in enumerate(workflow.stages)
-    )
+    indexes = tuple(position if stage.index is None else stage.index for position, stage in enumerate(workflow.stages))
     problems = [*_size_problems(workflow), *_index_problems(indexes)]
     dependencies = dict(zip(indexes, _dependencies(workflow.stages, indexes), strict=True))
     problems.extend(_dependency_problems(workflow.stages, indexes, dependencies))
+    if len({stage.compute.namespace for stage in workflow.stages}) > 1:
+        problems.append(Problem("stages", "stages in different compute environments are not offered yet"))
     for position, stage in enumerate(workflow.stages):
         problems.extend(_stage_problems(f"stages.{position}", stage, offers))
     if problems:
@@ -182,9 +180,7 @@ def _steps(stage: PlannedStage) -> Iterator[Step]:
     yield Step(name(Phase.PUBLISH), stage.index, Phase.PUBLISH, (name(Phase.FILTER),))
 
 
-def _planned(
-    index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapping[str, Offer]
-) -> PlannedStage:
+def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapping[str, Offer]) -> PlannedStage:
     offer = offers[stage.compute.namespace]
     asked = stage.compute.resources
     algorithm = stage.algorithm
@@ -193,8 +189,7 @@ def _planned(
         environment=offer.id,
         depends_on=depends_on,
         inputs=tuple(
-            PlannedInput(id=_input_id(part), urls=part.url, stage=part.stage)
-            for part in _in_order(stage.input)
+            PlannedInput(id=_input_id(part), urls=part.url, stage=part.stage) for part in _in_order(stage.input)
         ),
         algorithm_id=algorithm.id,
         algorithm_url=algorithm.url or None,
@@ -218,9 +213,7 @@ def _in_order(inputs: tuple[Input, ...]) -> list[Input]:
     """By their index where they have one; the order of the document otherwise."""
     return [
         part
-        for _, _, part in sorted(
-            ((n if part.index is None else part.index), n, part) for n, part in enumerate(inputs)
-        )
+        for _, _, part in sorted(((n if part.index is None else part.index), n, part) for n, part in enumerate(inputs))
     ]
 
 
@@ -281,9 +274,7 @@ def _dependency_problems(
     except CycleError as cycle:
         members = list(reversed(cycle.args[1]))
         position = indexes.index(members[0])
-        yield Problem(
-            f"stages.{position}.dependsOn", f"stages wait for each other: {' -> '.join(map(str, members))}"
-        )
+        yield Problem(f"stages.{position}.dependsOn", f"stages wait for each other: {' -> '.join(map(str, members))}")
 
 
 def _ancestors(index: int, dependencies: Mapping[int, tuple[int, ...]]) -> set[int]:
@@ -303,9 +294,7 @@ def _stage_problems(path: str, stage: Stage, offers: Mapping[str, Offer]) -> Ite
     if not compute.namespace:
         yield Problem(f"{path}.compute.namespace", f"name a compute environment: {_names(offers)}")
     elif offer is None:
-        yield Problem(
-            f"{path}.compute.namespace", f"no such compute environment; there is {_names(offers) or 'none'}"
-        )
+        yield Problem(f"{path}.compute.namespace", f"no such compute environment; there is {_names(offers) or 'none'}")
     if compute.instances != 1:
         yield Problem(f"{path}.compute.Instances", "only one instance of an algorithm is run")
     if offer is not None and (compute.resources.gpu or 0) > offer.limits.gpus:
@@ -337,9 +326,7 @@ def _input_problems(path: str, part: Input, offer: Offer | None) -> Iterator[Pro
         if part.stage is None:
             yield Problem(f"{path}.id", "is required")
     elif not _SAFE_ID.match(part.id) or not _SAFE_ID.match(folder_name(part.id)) or ".." in part.id:
-        yield Problem(
-            f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only, at most 200 of them"
-        )
+        yield Problem(f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only, at most 200 of them")
     elif folder_name(part.id) in RESERVED_NAMES:
         yield Problem(f"{path}.id", "is a reserved name")
     for n, url in enumerate(part.url):
@@ -378,19 +365,22 @@ def _algorithm_problems(path: str, algorithm: Algorithm, offer: Offer | None) ->
         yield Problem(f"{path}.rawcode", f"is longer than {MAX_RAWCODE} bytes; give url")
     if algorithm.id and (not _SAFE_ID.match(algorithm.id) or ".." in algorithm.id):
         yield Problem(f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only")
-    container = algorithm.container
-    if not container.entrypoint.strip():
-        yield Problem(f"{path}.container.entrypoint", "is required, for example: python3 $ALGO")
-    elif "\x00" in container.entrypoint:
-        yield Problem(f"{path}.container.entrypoint", "has a NUL character")
-    if not _IMAGE.match(container.image):
-        yield Problem(f"{path}.container.image", "is required and must be the name of a container image")
-    if not _TAG.match(container.tag):
-        yield Problem(f"{path}.container.tag", "is no tag of a container image")
-    if container.checksum and not _CHECKSUM.match(container.checksum):
-        yield Problem(f"{path}.container.checksum", "must be sha256: and 64 hex digits")
+    yield from _container_problems(f"{path}.container", algorithm.container)
     for name in algorithm.envs or {}:
         if not _VARIABLE.match(name) or "\x00" in (algorithm.envs or {})[name]:
             yield Problem(f"{path}.envs", "has a name or value that is no environment variable")
         elif name in RESERVED_VARIABLES:
             yield Problem(f"{path}.envs.{name}", "is set by the service")
+
+
+def _container_problems(path: str, container: Container) -> Iterator[Problem]:
+    if not container.entrypoint.strip():
+        yield Problem(f"{path}.entrypoint", "is required, for example: python3 $ALGO")
+    elif "\x00" in container.entrypoint:
+        yield Problem(f"{path}.entrypoint", "has a NUL character")
+    if not _IMAGE.match(container.image):
+        yield Problem(f"{path}.image", "is required and must be the name of a container image")
+    if not _TAG.match(container.tag):
+        yield Problem(f"{path}.tag", "is no tag of a container image")
+    if container.checksum and not _CHECKSUM.match(container.checksum):
+        yield Problem(f"{path}.checksum", "must be sha256: and 64 hex digits")

@@ -118,9 +118,7 @@ class Output(Document):
     """Where results go. Every key in both of its spellings; contract, section 4."""
 
     brizo_uri: Scalar | None = Field(default=None, validation_alias=AliasChoices("brizoUri", "brizoUrl"))
-    metadata_uri: Scalar | None = Field(
-        default=None, validation_alias=AliasChoices("metadataUri", "metadataUrl")
-    )
+    metadata_uri: Scalar | None = Field(default=None, validation_alias=AliasChoices("metadataUri", "metadataUrl"))
     secret_store_uri: Scalar | None = Field(
         default=None, validation_alias=AliasChoices("secretStoreUri", "secretStoreUrl")
     )
@@ -129,9 +127,7 @@ class Output(Document):
     metadata: Any = None
     whitelist: tuple[Scalar, ...] = ()
     owner: Scalar | None = None
-    publish_output: Flag = Field(
-        default=True, validation_alias=AliasChoices("publishoutput", "publishOutput")
-    )
+    publish_output: Flag = Field(default=True, validation_alias=AliasChoices("publishoutput", "publishOutput"))
     publish_algorithm_log: Flag = Field(
         default=True, validation_alias=AliasChoices("publishalgolog", "publishAlgorithmLog")
     )

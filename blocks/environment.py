@@ -1,0 +1,110 @@
+"""A compute environment: what is on offer, the work pool that runs it, and where its files go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from prefect.blocks.core import Block
+from prefect.client.orchestration import PrefectClient, SyncPrefectClient
+from prefect.client.schemas.objects import BlockDocument
+from prefect.exceptions import ObjectNotFound
+from prefect.types import SecretDict
+from pydantic import Field
+
+from blocks.limits import Offer
+from blocks.process import ProcessRunner
+from blocks.runner import Runner
+from blocks.store import ResultStore
+
+_SLUG: Final = "compute-environment"
+
+STATE_FOLDER: Final = "C2D_STATE"
+"""Environment variable naming the folder of everything this service keeps on a machine."""
+
+
+def state_folder() -> Path:
+    """The service's own folder: ``$C2D_STATE``, else ``.c2d`` where the service was started."""
+    return Path(os.environ.get(STATE_FOLDER, ".c2d")).resolve()
+
+
+class ComputeEnvironment(Block):
+    """
+    One compute environment, saved as the block ``compute-environment/<id>``.
+
+    Paths and URLs left empty stand for folders below ``$C2D_STATE`` on the machine that uses them, so that one
+    block serves machines whose folders differ.
+    """
+
+    _block_type_name = "Compute environment"
+    _block_type_slug = _SLUG
+    _description = "Hardware, limits and price on offer to consumers, and the work pool that serves it."
+
+    offer: Offer = Field(description="What consumers see, and the limits every job is held to.")
+    work_pool: str = Field(description="The Prefect work pool whose workers run its jobs.")
+    work_pool_type: str = Field(default="process", description="Used when the pool has to be made.")
+    runner: Literal["process"] = Field(default="process", description="How an algorithm is shut in.")
+    allow_unsandboxed: bool = Field(
+        default=False,
+        description="Run algorithms with no sandbox at all where none can be had. For trusted algorithms only.",
+    )
+    system: tuple[Path, ...] = Field(
+        default=(),
+        description="Further folders of the machine an algorithm may read, such as an interpreter's.",
+    )
+    path: tuple[Path, ...] = Field(
+        default=(), description="Folders of programs, first on the algorithm's PATH."
+    )
+    workspace: str = Field(default="", description="Folder for jobs in progress, on the worker's machine.")
+    results: str = Field(default="", description="Where results are kept: any URL fsspec opens.")
+    results_options: SecretDict = Field(
+        default=SecretDict({}),
+        description="Options and credentials of the result store, as fsspec takes them.",
+    )
+    fetch_options: SecretDict = Field(
+        default=SecretDict({}),
+        description="Options and credentials for fetching inputs, by URL scheme, as fsspec takes them.",
+    )
+
+    def make_runner(self) -> Runner:
+        """The runner that shuts this environment's algorithms in."""
+        return ProcessRunner(system=self.system, path=self.path, allow_unsandboxed=self.allow_unsandboxed)
+
+    def workspace_root(self) -> Path:
+        return Path(self.workspace).resolve() if self.workspace else state_folder() / "work"
+
+    def store(self) -> ResultStore:
+        """Where results go."""
+        return self._store("results")
+
+    def documents(self) -> ResultStore:
+        """Where sealed documents too large for a run's parameters go, beside the results."""
+        return self._store("documents")
+
+    def _store(self, part: str) -> ResultStore:
+        root = self.results.rstrip("/") or (state_folder() / "store").as_uri()
+        return ResultStore(url=f"{root}/{part}", storage_options=self.results_options.get_secret_value())
+
+    def storage_options(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.fetch_options.get_secret_value()
+
+
+def environments_of(documents: Iterable[BlockDocument]) -> dict[str, ComputeEnvironment]:
+    """The environments saved in *documents*, by the id they offer."""
+    blocks = [ComputeEnvironment._from_block_document(document) for document in documents]
+    return {block.offer.id: block for block in blocks}
+
+
+async def load_environments(client: PrefectClient) -> dict[str, ComputeEnvironment]:
+    """Every saved environment, by id. None where no environment was ever registered on this server."""
+    try:
+        return environments_of(await client.read_block_documents_by_type(_SLUG))
+    except ObjectNotFound:
+        return {}
+
+
+def load_environments_sync(client: SyncPrefectClient) -> dict[str, ComputeEnvironment]:
+    """``load_environments`` for a flow, which has no event loop."""
+    return environments_of(client.read_block_documents_by_type(_SLUG))

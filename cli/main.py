@@ -1,0 +1,99 @@
+"""The command line: ``c2d up``, ``c2d demo``, ``c2d plan``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from blocks.environment import state_folder
+from blocks.process import ProcessRunner
+from cli.service import ROOT, CannotStart, Service, wait_for_interrupt
+from flows.environments import read_definitions
+from flows.errors import InvalidWorkflow
+from flows.plan import compile_plan
+from flows.workflow import parse_workflow
+
+app = App(name="c2d", help="Bring the algorithm to the data.")
+_console = Console()
+_errors = Console(stderr=True)
+
+
+@app.command
+def up(*, state: Path | None = None, api_port: int = 8050, prefect_port: int = 4200) -> int:
+    """Start the whole service on this machine and keep it in the foreground; Ctrl-C ends it.
+
+    Parameters
+    ----------
+    state
+        Folder of everything that is kept (default: $C2D_STATE, else .c2d).
+    api_port
+        Port of the API; 0 for any free one.
+    prefect_port
+        Port of the Prefect server and its UI; 0 for any free one.
+    """
+    service = Service(
+        state=state or state_folder(),
+        api_port=api_port,
+        prefect_port=prefect_port,
+        say=lambda line: _console.print(f"starting: {line}"),
+    )
+    try:
+        with service:
+            _console.print(f"\nAPI            {service.api_url}")
+            _console.print(f"documentation  {service.api_url}/docs")
+            _console.print(f"Prefect UI     {service.prefect_url}")
+            _console.print(f"state          {service.state}")
+            _console.print(f"sandbox        {sandbox_line()}\n\nCtrl-C stops the service.")
+            failed = wait_for_interrupt(service)
+            _console.print("stopping; jobs in flight go on at the next start")
+    except (CannotStart, KeyboardInterrupt) as problem:
+        _errors.print(f"[red]{problem or 'interrupted'}[/red]")
+        return 1
+    if failed is not None:
+        _errors.print(f"[red]{failed.name} ended by itself; its log is {failed.log}[/red]")
+        return 1
+    return 0
+
+
+@app.command
+def plan(workflow: Path, *, environments: Annotated[Path, Parameter()] = ROOT / "prefect.yaml") -> int:
+    """Print what would be done for a workflow document, or everything that is wrong with it. Needs no server.
+
+    Parameters
+    ----------
+    workflow
+        The document as it would be posted, with or without the outer "workflow" key.
+    environments
+        The prefect.yaml that defines the compute environments.
+    """
+    try:
+        document = json.loads(workflow.read_text())
+    except (OSError, ValueError) as fault:
+        _errors.print(f"{workflow}: cannot be read as JSON ({fault})", markup=False)
+        return 1
+    inner = document.get("workflow", document) if isinstance(document, dict) else document
+    offers = {block.offer.id: block.offer for block in read_definitions(environments)}
+    try:
+        _console.print(str(compile_plan(parse_workflow(inner), offers)), markup=False, highlight=False, soft_wrap=True)
+    except InvalidWorkflow as refusal:
+        for problem in refusal.problems:
+            _errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def sandbox_line() -> str:
+    """One line on whether algorithms can be shut in on this machine."""
+    obstacle = ProcessRunner().obstacle()
+    return (
+        "bubblewrap is here: algorithms are shut in" if obstacle is None else f"none: every job is refused. {obstacle}"
+    )
+
+
+def main() -> None:
+    sys.exit(app())

@@ -1,0 +1,366 @@
+"""A plan becomes Prefect tasks: a step, a task; wired by futures."""
+
+from __future__ import annotations
+
+import contextvars
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+from uuid import UUID
+
+from prefect import Task, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled, Completed, Failed
+
+from blocks.environment import ComputeEnvironment
+from blocks.limits import MIB
+from blocks.runner import Ending, ExitReport, Image
+from blocks.store import Kind
+from flows.plan import Plan, PlannedStage, Step, folder_name
+from flows.states import step_tags
+from flows.status import Phase, Status
+from tasks.execute import execute_algorithm
+from tasks.provision import (
+    AlgorithmUnreachable,
+    FetchedFile,
+    InputSource,
+    InputUnreachable,
+    configuration_log,
+    fetch_algorithm,
+    fetch_inputs,
+    link_stage_outputs,
+    write_parameters,
+)
+from tasks.results import FilterReport, PublishFailed, filter_outputs, publish_outputs
+from tasks.workspace import Workspace, stage_workspace
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage. *status* is COMPLETED or why it failed; *message* says so in a sentence."""
+
+    status: Status
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status is Status.COMPLETED
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a stage is run: its environment and its folder."""
+
+    job_id: str
+    stage: PlannedStage = field(repr=False)
+    environment: ComputeEnvironment = field(repr=False)
+    upstream: Mapping[int, Workspace] = field(default_factory=dict)
+
+    @property
+    def workspace(self) -> Workspace:
+        return stage_workspace(self.environment.workspace_root(), self.job_id, self.stage.index)
+
+
+Upstream = Sequence[StageResult]
+
+
+@task(cache_policy=NO_CACHE)
+def provision_data(site: Site, upstream: Upstream) -> Any:
+    """Fetch every input of a stage into its workspace, in parallel."""
+    if skipped := _skipped(upstream):
+        return skipped
+    stage, workspace, limits = site.stage, site.workspace, site.environment.offer.fetch
+    workspace.create()
+    by_url = [
+        InputSource(id=planned.id, index=n, urls=planned.urls)
+        for n, planned in enumerate(stage.inputs)
+        if planned.stage is None
+    ]
+    try:
+        with _progress(f"fetch-{stage.index}", f"Inputs of stage {stage.index}") as report:
+            fetched = fetch_inputs(
+                by_url,
+                workspace.inputs,
+                limits,
+                storage_options=site.environment.storage_options(),
+                on_progress=report,
+            )
+    except InputUnreachable as problem:
+        return Failed(name="Input unreachable", message=str(problem))
+    for planned in stage.inputs:
+        if planned.stage is not None:
+            into = workspace.inputs / folder_name(planned.id)
+            fetched += link_stage_outputs(site.upstream[planned.stage].outputs, into)
+    write_parameters(stage.custom_data, {planned.id: {"id": planned.id} for planned in stage.inputs}, workspace)
+    _inputs_table(stage.index, fetched)
+    return Completed(message=f"{len(fetched)} files, {sum(file.size for file in fetched)} bytes", data=fetched)
+
+
+@task(cache_policy=NO_CACHE)
+def provision_algorithm(site: Site, upstream: Upstream) -> Any:
+    """Fetch or write the algorithm of a stage."""
+    if skipped := _skipped(upstream):
+        return skipped
+    stage, workspace = site.stage, site.workspace
+    workspace.create()
+    try:
+        fetched = fetch_algorithm(
+            stage.algorithm_url,
+            stage.rawcode,
+            workspace.algorithm,
+            site.environment.offer.fetch,
+            storage_options=site.environment.storage_options(),
+        )
+    except AlgorithmUnreachable as problem:
+        return Failed(name="Algorithm unreachable", message=str(problem))
+    return Completed(message=f"{fetched.size} bytes, sha256 {fetched.sha256}", data=fetched)
+
+
+@task(cache_policy=NO_CACHE)
+def run_algorithm(site: Site, inputs: Sequence[FetchedFile], algorithm: FetchedFile) -> Any:
+    """Run the algorithm of a stage, shut in. A failing algorithm is a result, not an error of this task."""
+    stage, environment = site.stage, site.environment
+    site.workspace.configuration_log.write_text(configuration_log(inputs, algorithm))
+    report = execute_algorithm(
+        environment.make_runner(),
+        site.workspace,
+        name=f"{site.job_id}-{stage.index}",
+        entrypoint=stage.container.entrypoint,
+        image=Image(stage.container.image, stage.container.tag, stage.container.checksum),
+        dids=stage.dids,
+        algorithm_did=folder_name(stage.algorithm_id or ""),
+        secret=hashlib.sha256(f"{site.job_id}/{stage.index}".encode()).hexdigest(),
+        variables=stage.variables,
+        limits=stage.limits,
+        network=environment.offer.network,
+    )
+    logger = get_run_logger()
+    if report.ok:
+        logger.info("algorithm ended after %.1f s", report.seconds)
+        return report
+    logger.warning("algorithm failed after %.1f s: %s", report.seconds, _sentence(report))
+    return Completed(name=_sentence(report).capitalize()[:200], message=_sentence(report), data=report)
+
+
+@task(cache_policy=NO_CACHE)
+def filter_results(site: Site, report: ExitReport) -> FilterReport:
+    """Decide which outputs may leave. Outputs of a failed algorithm never do; its log does."""
+    workspace, limits = site.workspace, site.environment.offer.filter
+    verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits)
+    workspace.filtering_log.write_text(str(verdict))
+    create_markdown_artifact(
+        key=f"filter-{site.stage.index}",
+        markdown=f"```\n{verdict}\n```",
+        description=f"What may leave stage {site.stage.index}",
+    )
+    return verdict
+
+
+@task(cache_policy=NO_CACHE)
+def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> Any:
+    """Put what may leave, and the logs, into the result store."""
+    stage, workspace = site.stage, site.workspace
+    result = _judge(report, verdict)
+    try:
+        part = publish_outputs(
+            site.environment.store(),
+            site.job_id,
+            stage.index,
+            workspace.outputs,
+            verdict,
+            logs={
+                Kind.ALGORITHM_LOG: workspace.algorithm_log,
+                Kind.CONFIGURATION_LOG: workspace.configuration_log,
+                Kind.FILTERING_LOG: workspace.filtering_log,
+                Kind.PUBLISH_LOG: workspace.publish_log,
+            },
+            publish_output=stage.publish_output and result.ok,
+            publish_algorithm_log=stage.publish_algorithm_log,
+        )
+    except PublishFailed as problem:
+        if result.ok:
+            return Failed(name="Upload failed", message=str(problem))
+        # The reason the job failed for is worth more to the consumer than the log that could not be kept.
+        return StageResult(result.status, f"{result.message}; the log could not be published")
+    if part.files:
+        create_table_artifact(
+            key=f"results-{stage.index}",
+            table=[{"path": f.path, "bytes": f.size, "kind": f.kind, "type": f.type} for f in part.files],
+            description=f"Published by stage {stage.index}",
+        )
+    return result
+
+
+def _judge(report: ExitReport, verdict: FilterReport) -> StageResult:
+    if report.ending is Ending.DISK_FULL:
+        return StageResult(Status.DISK_FULL, _sentence(report))
+    if not report.ok:
+        return StageResult(Status.RUN_FAILED, _sentence(report))
+    if not verdict.passed:
+        return StageResult(Status.WITHHELD, "; ".join(refused.message for refused in verdict.withholding[:3]))
+    return StageResult(Status.COMPLETED)
+
+
+def _sentence(report: ExitReport) -> str:
+    """Begins with what tells the endings apart: exit code, timed out, out of memory, disk full, refused."""
+    start = f"exit code {report.code}" if report.ending is Ending.EXITED else str(report.ending)
+    return f"{start}: {report.detail}" if report.detail else start
+
+
+def _skipped(upstream: Upstream) -> State[None] | None:
+    """A stage is not begun after one that failed; its steps end as cancelled, so do those that wait for them."""
+    if all(result.ok for result in upstream):
+        return None
+    return Cancelled(name="Skipped", message="a stage this one depends on failed")
+
+
+TASK_FOR: Final[Mapping[Phase, Task[..., Any]]] = {
+    Phase.DATA: provision_data,
+    Phase.ALGORITHM: provision_algorithm,
+    Phase.RUN: run_algorithm,
+    Phase.FILTER: filter_results,
+    Phase.PUBLISH: publish_results,
+}
+
+_EXPECTED: Final = {
+    "Input unreachable": Status.DATA_FAILED,
+    "Algorithm unreachable": Status.ALGORITHM_FAILED,
+    "Upload failed": Status.UPLOAD_FAILED,
+}
+"""Names of the states a step fails with for a reason the consumer is told. Any other failure is a bug."""
+
+Futures = Mapping[str, PrefectFuture[Any]]
+
+
+def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironment]) -> StageResult:
+    """
+    Run every step of *plan* as a task of the current flow run, each as soon as what it waits for is done.
+
+    Returns:
+        COMPLETED, or the failure of the first stage (in the plan's order) that failed.
+
+    Raises:
+        Exception: A bug in a task, as it was raised there.
+    """
+    futures: dict[str, PrefectFuture[Any]] = {}
+    for step in plan.steps:
+        stage = plan.stage(step.stage)
+        site = Site(
+            job_id=job_id,
+            stage=stage,
+            environment=environments[stage.environment],
+            upstream={
+                other.index: stage_workspace(environments[other.environment].workspace_root(), job_id, other.index)
+                for other in plan.stages
+            },
+        )
+        futures[step.name] = (
+            TASK_FOR[step.phase]
+            .with_options(name=str(step.phase), task_run_name=step.name, tags=step_tags(step.stage, step.phase))
+            .submit(
+                site,
+                **_handed_on(step, futures),
+                wait_for=[futures[name] for name in step.after],
+            )
+        )
+    for future in futures.values():
+        future.wait()
+    results = [_stage_result(stage, futures) for stage in plan.stages]
+    return next((result for result in results if result is not None and not result.ok), StageResult(Status.COMPLETED))
+
+
+def _handed_on(step: Step, futures: Futures) -> dict[str, Any]:
+    """What a step gets from the steps before it: the futures, which Prefect resolves to their values."""
+    before = {name.split("/", 1)[1]: futures[name] for name in step.after}
+    match step.phase:
+        case Phase.DATA | Phase.ALGORITHM:
+            return {"upstream": [futures[name] for name in step.after]}
+        case Phase.RUN:
+            return {"inputs": before[Phase.DATA], "algorithm": before[Phase.ALGORITHM]}
+        case Phase.FILTER:
+            return {"report": before[Phase.RUN]}
+        case Phase.PUBLISH:
+            return {"report": futures[f"{step.stage}/{Phase.RUN}"], "verdict": before[Phase.FILTER]}
+
+
+def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
+    """None for a stage that was skipped because one before it failed."""
+    own = [futures[f"{stage.index}/{phase}"] for phase in Phase]
+    for future in own:
+        state = future.state
+        if state.is_cancelled():
+            return None
+        if state.is_failed() and state.name in _EXPECTED:
+            return StageResult(_EXPECTED[state.name], state.message or "")
+        if state.is_failed() or state.is_crashed():
+            future.result()  # raises what was raised in the task: a bug
+    result = own[-1].result()
+    assert isinstance(result, StageResult)  # noqa: S101  # for mypy: futures of several tasks share a dict
+    return result
+
+
+@contextmanager
+def _progress(key: str, description: str) -> Iterator[Callable[[int, int, int, int], None]]:
+    """
+    A progress artifact of the current task that follows what the yielded function is told, once a second.
+
+    A thread of its own does the updates: the function is called from the event loop that fetches, which must
+    not wait for the Prefect server.
+    """
+    told: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
+    done = threading.Event()
+    artifact = cast(UUID, create_progress_artifact(progress=0.0, key=key, description=description))
+
+    def report(done_bytes: int, total_bytes: int, done_files: int, files: int) -> None:
+        told[0] = (done_bytes, total_bytes, done_files, files)
+
+    def update() -> None:
+        shown = told[0]
+        while not done.wait(1.0):
+            if told[0] != shown:
+                shown = told[0]
+                update_progress_artifact(artifact, _percent(*shown), f"{description}: {_amounts(*shown)}")
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(update,), daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        done.set()
+        thread.join()
+    update_progress_artifact(artifact, 100.0, f"{description}: {_amounts(*told[0])}")
+
+
+def _percent(done_bytes: int, total_bytes: int, done_files: int, files: int) -> float:
+    if total_bytes:
+        return min(100.0, 100.0 * done_bytes / total_bytes)
+    return 100.0 * done_files / files if files else 0.0
+
+
+def _amounts(done_bytes: int, total_bytes: int, done_files: int, files: int) -> str:
+    of_bytes = f" of {total_bytes / MIB:.1f}" if total_bytes else ""
+    return f"{done_files} of {files} files, {done_bytes / MIB:.1f}{of_bytes} MiB"
+
+
+def _inputs_table(stage: int, fetched: Sequence[FetchedFile]) -> None:
+    if fetched:
+        create_table_artifact(
+            key=f"inputs-{stage}",
+            table=[
+                {"input": f.input_id, "n": f.position, "bytes": f.size, "sha256": f.sha256, "seconds": f.seconds}
+                for f in fetched
+            ],
+            description=f"Provisioned for stage {stage}",
+        )

@@ -1,0 +1,84 @@
+"""The deployed flow: one run of it is one job."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final, cast
+
+from prefect import flow, get_client
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from blocks.environment import ComputeEnvironment, load_environments_sync, state_folder
+from flows.build import run_plan
+from flows.errors import InvalidWorkflow
+from flows.plan import Plan, compile_plan
+from flows.sealing import Seal
+from flows.states import ended_state
+from flows.status import Status
+from flows.workflow import parse_workflow
+from tasks.workspace import remove_job
+
+FLOW_NAME: Final = "compute"
+DOCUMENT: Final = "document"
+"""Name of a sealed document in the store of documents."""
+
+# A step that waits for others holds a thread, so this bounds how many steps of one job are laid out at once.
+# They are submitted in an order in which they can be done, so whatever the bound, the first can always go on.
+_THREADS: Final = 64
+
+
+def key_file() -> Path:
+    """Where the service's key is: ``$C2D_KEY_FILE``, else ``key`` in the state folder."""
+    return Path(os.environ.get("C2D_KEY_FILE") or state_folder() / "key")
+
+
+_TASK_RUNNER: Final = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_THREADS))
+
+
+@flow(name=FLOW_NAME, task_runner=_TASK_RUNNER, persist_result=False)
+def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) -> State[Any]:
+    """
+    Run one job to its end.
+
+    Args:
+        sealed: The workflow document, sealed; with *stored_in*, the name of the sealed document in a store.
+        summary: What of the document may be read by anyone who sees this run. For people, never used here.
+        stored_in: The environment in whose store a document too large for a parameter is kept.
+
+    Returns:
+        A state named after the job's terminal status, with the reason as its message.
+
+    Raises:
+        Exception: Only for a bug or a broken installation; the run then ends as failed without a name of ours.
+    """
+    job_id = str(flow_run.id).replace("-", "")
+    with get_client(sync_client=True) as client:
+        environments = load_environments_sync(client)
+    if stored_in is not None:
+        sealed = environments[stored_in].documents().read_bytes(sealed, DOCUMENT).decode("ascii")
+    document = Seal.from_file(key_file()).open(sealed)
+    try:
+        plan = compile_plan(parse_workflow(document), {name: block.offer for name, block in environments.items()})
+    except InvalidWorkflow as refusal:
+        # It was valid when it was taken in, so an environment has changed since.
+        return ended_state(Status.RUN_FAILED, f"refused: the environment has changed: {refusal}")
+    get_run_logger().info("plan\n%s", plan)
+    if obstacle := _obstacle(plan, environments):
+        return ended_state(Status.RUN_FAILED, f"refused: {obstacle}")
+    result = run_plan(plan, job_id, environments)
+    # Only here: a run that is stopped or ends by a bug keeps its folder, for a restart or for a look at it.
+    for environment in {stage.environment for stage in plan.stages}:
+        remove_job(environments[environment].workspace_root(), job_id)
+    return ended_state(result.status, result.message)
+
+
+def _obstacle(plan: Plan, environments: dict[str, ComputeEnvironment]) -> str | None:
+    """Why a stage could not be shut in on this machine; asked before anything is fetched."""
+    blocks = {stage.environment: environments[stage.environment] for stage in plan.stages}
+    found = [block.make_runner().obstacle() for block in blocks.values() if not block.allow_unsandboxed]
+    return next((obstacle for obstacle in found if obstacle), None)

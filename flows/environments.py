@@ -1,0 +1,68 @@
+"""From ``definitions.environments`` of prefect.yaml to saved blocks and work pools."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
+from prefect.plugins import load_prefect_collections
+from prefect.utilities.templating import apply_values
+from prefect.workers.base import BaseWorker
+
+from blocks.environment import ComputeEnvironment
+
+
+def read_definitions(path: Path) -> list[ComputeEnvironment]:
+    """
+    The environments a prefect.yaml defines. ``{{ $NAME }}`` stands for an environment variable, as elsewhere in
+    that file; a variable that is not set leaves its key out, so that the default holds.
+    """
+    document = yaml.safe_load(path.read_text())
+    defined: list[dict[str, Any]] = document.get("definitions", {}).get("environments", [])
+    return [ComputeEnvironment.model_validate(apply_values(one, dict(os.environ))) for one in defined]
+
+
+def register_from(path: Path) -> list[str]:
+    """Register every environment that *path* defines, and its work pool. Safe to repeat. Returns their ids."""
+    environments = read_definitions(path)
+    pools = {environment.work_pool: environment.work_pool_type for environment in environments}
+    with get_client(sync_client=True) as client:
+        for name, kind in pools.items():
+            slots = sum(each.offer.max_jobs for each in environments if each.work_pool == name)
+            _ensure_pool(client, name, kind, slots)
+    for environment in environments:
+        environment.save(environment.offer.id, overwrite=True)
+    return [environment.offer.id for environment in environments]
+
+
+def _ensure_pool(client: SyncPrefectClient, name: str, kind: str, slots: int) -> None:
+    """
+    Make the pool, or bring the limit of the one there is up to date; what else an operator changed in it stays.
+
+    ``max_jobs`` is the pool's concurrency limit: Prefect's own queue, so that a waiting job costs nothing.
+    """
+    try:
+        client.read_work_pool(name)
+    except ObjectNotFound:
+        client.create_work_pool(
+            WorkPoolCreate(name=name, type=kind, base_job_template=_template(kind), concurrency_limit=slots)
+        )
+    else:
+        client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=slots))
+
+
+def _template(kind: str) -> dict[str, Any]:
+    """The job template of a worker type that is installed here; no look-up on the internet."""
+    load_prefect_collections()
+    worker = BaseWorker.get_worker_class_from_type(kind)
+    if worker is None:
+        raise ValueError(
+            f"no worker of type {kind!r} is installed; there is {BaseWorker.get_all_available_worker_types()}"
+        )
+    return worker.get_default_base_job_template()

@@ -1,0 +1,468 @@
+"""Jobs over the Prefect API: a flow run is a job, its id is the job's id."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+import httpx
+from cachetools import LRUCache, TTLCache
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterType,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import Artifact, FlowRun, State, StateType, TaskRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import FlowRunWaitTimeout, ObjectNotFound, PrefectHTTPStatusError
+from prefect.flow_runs import wait_for_flow_run
+from prefect.states import Cancelled, Cancelling, Scheduled
+
+from blocks.environment import ComputeEnvironment, load_environments
+from blocks.store import Manifest, StoreUnavailable
+from flows.compute import DOCUMENT, FLOW_NAME
+from flows.errors import AgreementInUse, NoSuchResult, NotReady
+from flows.jobs import (
+    EnvironmentState,
+    Job,
+    JobQuery,
+    Jobs,
+    Result,
+    Transition,
+    document_digest,
+    only_job,
+    summary_of,
+)
+from flows.plan import compile_plan
+from flows.reasons import RESUMING, STOPPING, why_ended, why_live, why_waiting
+from flows.sealing import Seal
+from flows.states import Steps, live_status, run_status, steps_of, stop_request, transitions
+from flows.status import Phase, Status
+from flows.workflow import Workflow
+from tasks.workspace import remove_job
+
+PAGE: Final = 200
+"""Rows Prefect answers at most in one request (``server.api.default_limit``)."""
+
+LARGEST_PARAMETER: Final = 256 * 1024
+"""Characters of a sealed document kept in a run's parameters; Prefect refuses 512 kB of parameters in all."""
+
+STOP_DEADLINE: Final = 15
+"""Seconds a stop waits for the job's process to be gone before it answers all the same."""
+
+SETTLED: Final = 30.0
+"""Seconds after a run's end until its task runs are surely recorded: Prefect records them behind the run."""
+
+LIVE_STATES: Final = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
+_WAITING: Final = [StateType.SCHEDULED]
+_BUSY: Final = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+
+_JOBS: Final = FlowFilter(name=FlowFilterName(any_=[FLOW_NAME]))
+
+
+def _owner_tag(owner: str) -> str:
+    return f"owner:{owner.lower()}"
+
+
+def _agreement_tag(agreement_id: str) -> str:
+    return f"agreement:{agreement_id}"
+
+
+def _environment_tag(environment: str) -> str:
+    return f"environment:{environment}"
+
+
+def _in_states(kinds: Sequence[StateType], *tags: str) -> FlowRunFilter:
+    return FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(kinds))),
+        tags=FlowRunFilterTags(all_=list(tags)) if tags else None,
+    )
+
+
+LIVE: Final = _in_states(LIVE_STATES)
+"""Runs that have not ended."""
+
+
+@asynccontextmanager
+async def _reaching_prefect() -> AsyncIterator[None]:
+    """A server that is away or broken is NotReady for the caller, not a bug of ours."""
+    try:
+        yield
+    except (httpx.TransportError, PrefectHTTPStatusError) as fault:
+        if isinstance(fault, PrefectHTTPStatusError) and fault.response.status_code < 500:
+            raise
+        raise NotReady("The workflow engine cannot be reached; try again in a moment.") from None
+
+
+class PrefectJobs(Jobs):
+    """
+    Jobs of one Prefect server. Holds no state of its own but caches; any number of these can serve one server.
+
+    Args:
+        client: Entered by the caller, for as long as this is used.
+        seal: The service's key; the workers have the same.
+        local_workers: The workers run on this machine, so that an environment which cannot shut an algorithm in
+            is known before a job is taken, and a deleted job's folder can be removed from here.
+    """
+
+    def __init__(self, client: PrefectClient, seal: Seal, *, local_workers: bool = False) -> None:
+        self._client = client
+        self._seal = seal
+        self._local_workers = local_workers
+        self._blocks_cache: TTLCache[None, dict[str, ComputeEnvironment]] = TTLCache(1, ttl=5)
+        self._offers_cache: TTLCache[None, list[EnvironmentState]] = TTLCache(1, ttl=1)
+        self._deployments: TTLCache[str, UUID] = TTLCache(1_000, ttl=30)
+        self._ended: LRUCache[tuple[UUID, UUID], Job] = LRUCache(10_000)
+
+    async def submit(self, workflow: Workflow) -> Job:
+        async with _reaching_prefect():
+            blocks = await self._blocks()
+            plan = compile_plan(workflow, {name: block.offer for name, block in blocks.items()})
+            environment = blocks[plan.stages[0].environment]
+            if obstacle := await self._obstacle(environment):
+                raise NotReady(f"This environment cannot shut an algorithm in, so it runs none: {obstacle}")
+            fingerprint = self._seal.fingerprint(document_digest(workflow))
+            sealed = self._seal.close(workflow.model_dump(mode="json"))
+            parameters: dict[str, Any] = {
+                "sealed": sealed,
+                "summary": {**summary_of(plan, workflow), "fingerprint": fingerprint},
+            }
+            if len(sealed) > LARGEST_PARAMETER:
+                name = self._seal.fingerprint(plan.agreement_id.encode())[:32]
+                await asyncio.to_thread(environment.documents().put_bytes, name, DOCUMENT, sealed.encode("ascii"))
+                parameters |= {"sealed": name, "stored_in": environment.offer.id}
+            run = await self._client.create_flow_run_from_deployment(
+                await self._deployment(environment.offer.id),
+                parameters=parameters,
+                name=plan.agreement_id[:100],
+                state=Scheduled(),
+                # One agreement, one run, whatever arrives at the same time: Prefect's database holds the key unique.
+                idempotency_key=f"agreement:{hashlib.sha256(plan.agreement_id.encode()).hexdigest()}",
+                tags=[
+                    _owner_tag(plan.owner),
+                    _agreement_tag(plan.agreement_id),
+                    _environment_tag(environment.offer.id),
+                ],
+            )
+        if run.parameters["summary"]["fingerprint"] != fingerprint:
+            raise AgreementInUse
+        return (await self._jobs_of([run]))[0]
+
+    async def find(self, query: JobQuery) -> list[Job]:
+        if query.empty:
+            return []
+        tags = [
+            *([_owner_tag(query.owner)] if query.owner else []),
+            *([_agreement_tag(query.agreement_id)] if query.agreement_id else []),
+        ]
+        wanted = FlowRunFilter(
+            id=FlowRunFilterId(any_=[UUID(query.job_id)]) if query.job_id else None,
+            tags=FlowRunFilterTags(all_=tags) if tags else None,
+        )
+        async with _reaching_prefect():
+            return await self._jobs_of(await self._runs(wanted))
+
+    async def running(self) -> list[Job]:
+        async with _reaching_prefect():
+            return await self._jobs_of(await self._runs(LIVE))
+
+    async def stop(self, query: JobQuery) -> list[Job]:
+        live = [job for job in await self.find(query) if not job.ended]
+        async with _reaching_prefect():
+            await asyncio.gather(*(self._cancel(UUID(job.id)) for job in live))
+        return await self.find(query)
+
+    async def delete(self, query: JobQuery) -> list[Job]:
+        jobs = await self.stop(query)
+        async with _reaching_prefect():
+            for job in jobs:
+                await self._remove(job)
+        at = datetime.now(UTC)
+        return [
+            replace(
+                job,
+                status=Status.DELETED,
+                detail="",
+                reason="deleted on request, with everything it left",
+                finished=job.finished or at,
+                stopped_in=job.stopped_in if job.status is Status.STOPPED else job.status,
+                history=(*job.history, Transition(Status.DELETED, at)),
+                results=(),
+                removed=True,
+            )
+            for job in jobs
+        ]
+
+    async def environments(self) -> list[EnvironmentState]:
+        if None not in self._offers_cache:
+            async with _reaching_prefect():
+                blocks = await self._blocks()
+                self._offers_cache[None] = await asyncio.gather(
+                    *(self._environment_state(block) for _, block in sorted(blocks.items()))
+                )
+        return self._offers_cache[None]
+
+    async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
+        job = await only_job(self, job_id)
+        if not 0 <= index < len(job.results):
+            raise NoSuchResult(f"No such index {index} in this compute job")
+        block = (await self._blocks())[job.environment]
+        store = block.store()
+        manifest = await asyncio.to_thread(store.manifest, job_id)
+        if manifest is None:
+            raise NoSuchResult(f"No results for job {job_id}")
+        return store.stream(job_id, manifest.ordered()[index].name, start, end)
+
+    async def _cancel(self, run_id: UUID) -> None:
+        try:
+            await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
+            await wait_for_flow_run(run_id, timeout=STOP_DEADLINE, client=self._client)
+        except (FlowRunWaitTimeout, ObjectNotFound):
+            return  # the job tells how far it is, with stopreq set; or it was deleted by someone else meanwhile
+
+    async def _remove(self, job: Job) -> None:
+        """Everything a job left: first what it could still be reading or writing for, its record last."""
+        run_id = UUID(job.id)
+        if not job.ended:
+            await self._client.set_flow_run_state(run_id, Cancelled(message="deleted on request"), force=True)
+        block = (await self._blocks()).get(job.environment)
+        if block is not None:
+            await asyncio.to_thread(block.store().delete_job, job.id)
+            name = self._seal.fingerprint(job.agreement_id.encode())[:32]
+            await asyncio.to_thread(block.documents().delete_job, name)
+            if self._local_workers:
+                await asyncio.to_thread(remove_job, block.workspace_root(), job.id)
+        try:
+            await self._client.delete_flow_run(run_id)
+        except ObjectNotFound:
+            return
+
+    async def _runs(self, wanted: FlowRunFilter) -> list[FlowRun]:
+        runs: list[FlowRun] = []
+        while True:
+            page = await self._client.read_flow_runs(
+                flow_filter=_JOBS,
+                flow_run_filter=wanted,
+                sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+                limit=PAGE,
+                offset=len(runs),
+            )
+            runs.extend(page)
+            if len(page) < PAGE:
+                return sorted(runs, key=_created)
+
+    async def _jobs_of(self, runs: Sequence[FlowRun]) -> list[Job]:
+        open_runs = [run for run in runs if _key(run) not in self._ended]
+        steps = await self._steps([run.id for run in open_runs])
+        fetches = await self._fetches([run.id for run in open_runs if run.state and run.state.is_running()])
+        waiting = any(run.state is None or run.state.is_scheduled() for run in open_runs)
+        environments = {state.offer.id: state for state in await self.environments()} if waiting else {}
+        jobs: list[Job] = []
+        for run in runs:
+            job = self._ended.get(_key(run))
+            if job is None:
+                job = _job_of(run, steps_of(steps.get(run.id, ())), fetches.get(run.id), environments)
+                if _may_have_results(job, steps_of(steps.get(run.id, ()))):
+                    job = replace(job, results=await self._results(job))
+                if job.finished and (datetime.now(UTC) - job.finished).total_seconds() > SETTLED:
+                    self._ended[_key(run)] = job
+            jobs.append(job)
+        return jobs
+
+    async def _steps(self, run_ids: Sequence[UUID]) -> dict[UUID, list[TaskRun]]:
+        found: dict[UUID, list[TaskRun]] = {}
+        for chunk in _chunks(run_ids, 50):
+            offset = 0
+            while True:
+                page = await self._client.read_task_runs(
+                    flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(chunk))), limit=PAGE, offset=offset
+                )
+                for task_run in page:
+                    if task_run.flow_run_id is not None:
+                        found.setdefault(task_run.flow_run_id, []).append(task_run)
+                offset += len(page)
+                if len(page) < PAGE:
+                    break
+        return found
+
+    async def _fetches(self, run_ids: Sequence[UUID]) -> dict[UUID, Artifact]:
+        """The progress of the latest fetch of each run, as its provisioning task reports it."""
+        if not run_ids:
+            return {}
+        artifacts = await self._client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=list(run_ids)), type=ArtifactFilterType(any_=["progress"])
+            )
+        )
+        return {
+            artifact.flow_run_id: artifact
+            for artifact in sorted(artifacts, key=_created)
+            if artifact.flow_run_id is not None
+        }
+
+    async def _results(self, job: Job) -> tuple[Result, ...]:
+        block = (await self._blocks()).get(job.environment)
+        if block is None:
+            return ()
+        try:
+            manifest: Manifest | None = await asyncio.to_thread(block.store().manifest, job.id)
+        except StoreUnavailable:
+            # A status must not fail because the store is away; the results are back when it is.
+            return ()
+        return tuple(
+            Result(filename=file.path, filesize=file.size, media_type=file.type, kind=file.kind, sha256=file.sha256)
+            for file in (manifest.ordered() if manifest else ())
+        )
+
+    async def _blocks(self) -> dict[str, ComputeEnvironment]:
+        if None not in self._blocks_cache:
+            self._blocks_cache[None] = await load_environments(self._client)
+        return self._blocks_cache[None]
+
+    async def _obstacle(self, block: ComputeEnvironment) -> str | None:
+        if not self._local_workers or block.allow_unsandboxed:
+            return None
+        return await asyncio.to_thread(block.make_runner().obstacle)
+
+    async def _deployment(self, environment: str) -> UUID:
+        if environment not in self._deployments:
+            try:
+                deployment = await self._client.read_deployment_by_name(f"{FLOW_NAME}/{environment}")
+            except ObjectNotFound:
+                raise NotReady(
+                    "This environment is announced but not deployed yet; its operator has to run `prefect deploy`."
+                ) from None
+            self._deployments[environment] = deployment.id
+        return self._deployments[environment]
+
+    async def _environment_state(self, block: ComputeEnvironment) -> EnvironmentState:
+        tag = _environment_tag(block.offer.id)
+        busy, waiting, workers = await asyncio.gather(
+            self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(_BUSY, tag)),
+            self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(_WAITING, tag)),
+            self._last_seen(block.work_pool),
+        )
+        return EnvironmentState(
+            offer=block.offer,
+            running=busy,
+            waiting=waiting,
+            last_seen=workers,
+            obstacle=await self._obstacle(block),
+        )
+
+    async def _last_seen(self, work_pool: str) -> datetime | None:
+        try:
+            workers = await self._client.read_workers_for_work_pool(work_pool)
+        except ObjectNotFound:
+            return None
+        return max((w.last_heartbeat_time for w in workers if w.last_heartbeat_time), default=None)
+
+
+def _key(run: FlowRun) -> tuple[UUID, UUID]:
+    """A run in one state: what is known of an ended job holds until its state is another."""
+    return run.id, run.state.id if run.state else run.id
+
+
+def _created(record: FlowRun | Artifact) -> datetime:
+    return record.created or datetime.min.replace(tzinfo=UTC)
+
+
+def _chunks(ids: Sequence[UUID], size: int) -> Iterator[Sequence[UUID]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+def _may_have_results(job: Job, steps: Steps) -> bool:
+    published = (stage.get(Phase.PUBLISH) for stage in steps.values())
+    return job.ended or any(run is not None and run.state is not None and run.state.is_completed() for run in published)
+
+
+def _job_of(run: FlowRun, steps: Steps, fetch: Artifact | None, environments: Mapping[str, EnvironmentState]) -> Job:
+    summary = run.parameters["summary"]
+    status, stage = run_status(run.state, steps)
+    state = run.state
+    final = state is not None and state.is_final()
+    environment = summary["environments"][0]
+    message = (state.message or "") if state is not None else ""
+    created = _created(run)
+    history = [Transition(Status.WARMING_UP, created)]
+    if run.start_time is not None:
+        history.append(Transition(Status.STARTED, run.start_time))
+    history.extend(transitions(steps))
+    if final and state is not None:
+        history.append(Transition(status, state.timestamp))
+    return Job(
+        id=run.id.hex,
+        owner=summary["owner"],
+        agreement_id=summary["agreement"],
+        environment=environment,
+        status=status,
+        created=created,
+        finished=state.timestamp if final and state is not None else None,
+        detail=message if status is Status.RUN_FAILED else "",
+        reason=_reason(state, status, stage, summary=summary, fetch=fetch, environment=environments.get(environment)),
+        stopped_in=_before_the_end(steps, run) if status is Status.STOPPED else Status.WARMING_UP,
+        stage=stage,
+        stages=len(summary["stages"]),
+        progress=1.0 if status is Status.COMPLETED else _progress(steps, len(summary["stages"]), fetch),
+        history=tuple(history),
+        stop_request=stop_request(state, status),
+        algorithm_did=summary["algorithm"],
+        input_dids=tuple(summary["inputs"]),
+        whitelist=tuple(summary["whitelist"]),
+    )
+
+
+def _before_the_end(steps: Steps, run: FlowRun) -> Status:
+    return live_status(steps)[0] if run.start_time is not None else Status.WARMING_UP
+
+
+def _progress(steps: Steps, stages: int, fetch: Artifact | None) -> float:
+    ended = [
+        run for stage in steps.values() for run in stage.values() if run.state is not None and run.state.is_final()
+    ]
+    fetching = _fraction(fetch) if fetch is not None else 0.0
+    done = len(ended) + (fetching if fetching < 1.0 else 0.0)
+    return min(round(done / (len(Phase) * stages), 3), 1.0)
+
+
+def _fraction(fetch: Artifact) -> float:
+    return float(fetch.data) / 100.0 if isinstance(fetch.data, int | float) else 0.0
+
+
+def _reason(
+    state: State[Any] | None,
+    status: Status,
+    stage: int | None,
+    *,
+    summary: Mapping[str, Any],
+    fetch: Artifact | None,
+    environment: EnvironmentState | None,
+) -> str:
+    if state is not None and state.is_final():
+        return why_ended(status, state.message or "", stage=stage, stages=len(summary["stages"]))
+    if state is not None and state.type is StateType.CANCELLING:
+        return STOPPING
+    if state is not None and state.name == "AwaitingRetry":
+        return RESUMING
+    if state is None or state.is_scheduled():
+        return why_waiting(environment, datetime.now(UTC))
+    return why_live(
+        status,
+        seconds=summary["seconds"].get(str(stage)),
+        fetching=fetch.description if fetch is not None else None,
+    )

@@ -1,0 +1,60 @@
+"""Why a job is where it is and what comes next, in words for its consumer. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final
+
+from flows.jobs import EnvironmentState
+from flows.status import Status
+
+SILENT_AFTER: Final = 90.0
+"""Seconds without a heartbeat after which a worker counts as away; Prefect's workers report every 30 s."""
+
+STOPPING: Final = "a stop was requested; the algorithm is being ended"
+RESUMING: Final = "the service was shut down while the job ran; it starts again as soon as a worker is free"
+
+_LIVE: Final = {
+    Status.WARMING_UP: "a worker has taken the job and is starting it",
+    Status.STARTED: "the flow has started and lays out its steps",
+    Status.CONFIGURING: "inputs and algorithm are being fetched",
+    Status.PROVISIONED: "inputs and algorithm are here; the algorithm starts next",
+    Status.RUNNING: "the algorithm is running",
+    Status.FILTERING: "the outputs are checked against what may leave",
+    Status.PUBLISHING: "outputs and logs are being put into the result store",
+}
+
+
+def why_waiting(environment: EnvironmentState | None, now: datetime) -> str:
+    """For a job no worker has taken yet."""
+    if environment is None:
+        return "waiting for a worker"
+    offer = environment.offer
+    if environment.last_seen is None:
+        return f"waiting for a worker: none has ever reported for `{offer.id}`"
+    silent = (now - environment.last_seen).total_seconds()
+    if silent > SILENT_AFTER:
+        return f"waiting for a worker: none has reported for `{offer.id}` for {silent:.0f} s"
+    if environment.running >= offer.max_jobs:
+        return f"waiting for a free slot: {environment.running} of {offer.max_jobs} jobs are running in `{offer.id}`"
+    return "waiting to be picked up by a worker"
+
+
+def why_live(status: Status, *, seconds: float | None = None, fetching: str | None = None) -> str:
+    """For a job in progress. *seconds* is what its algorithm has at most, *fetching* how far the inputs are."""
+    if status is Status.CONFIGURING and fetching:
+        return fetching
+    if status is Status.RUNNING and seconds:
+        return f"{_LIVE[status]}; it has {seconds:g} s at most"
+    return _LIVE[status]
+
+
+def why_ended(status: Status, message: str, *, stage: int | None, stages: int) -> str:
+    """For a job that has ended with *message* in the stage numbered *stage*."""
+    if status is Status.COMPLETED:
+        return "all stages are done and published"
+    if status is Status.STOPPED:
+        return "stopped on request"
+    where = f"stage {stage}: " if stage is not None and stages > 1 else ""
+    after = "; see the algorithm's log" if status is Status.RUN_FAILED else ""
+    return f"{where}{message}{after}"

@@ -1,0 +1,25 @@
+"""
+Registers compute environments and their work pools, from ``definitions.environments`` of prefect.yaml.
+
+**Importing this module registers.** ``prefect deploy`` refuses a deployment whose work pool does not exist, and
+it asks before it runs any step of a deployment; the one thing it does earlier is to import the entrypoint. So
+prefect.yaml names this module's flow as its first deployment, and a bare server needs nothing but
+``prefect deploy --all``. Nothing else imports this module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows.environments import register_from
+
+
+@flow(name="register-environments")
+def register_environments() -> list[str]:
+    """Register once more, for example after prefect.yaml has changed. Returns the ids, in the file's order."""
+    return register_from(Path("prefect.yaml"))
+
+
+register_environments.fn()

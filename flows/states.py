@@ -1,0 +1,153 @@
+"""The only translation between Prefect's states and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from prefect.client.schemas.objects import State, StateType, TaskRun
+
+from flows.jobs import StopRequest, Transition
+from flows.status import BY_TEXT, TERMINAL, TEXT, Outcome, Phase, Status, failure_of, status_of
+
+PHASE_TAG: Final = "phase:"
+STAGE_TAG: Final = "stage:"
+
+_OUTCOME: Final = {
+    StateType.SCHEDULED: Outcome.WAITING,
+    StateType.PENDING: Outcome.WAITING,
+    StateType.RUNNING: Outcome.RUNNING,
+    StateType.PAUSED: Outcome.RUNNING,
+    StateType.COMPLETED: Outcome.DONE,
+    StateType.CANCELLING: Outcome.RUNNING,
+    StateType.CANCELLED: Outcome.FAILED,
+    StateType.FAILED: Outcome.FAILED,
+    StateType.CRASHED: Outcome.FAILED,
+}
+
+
+def ended_state(status: Status, message: str) -> State[None]:
+    """The state a flow returns for a job that ended as *status*; the inverse of ``run_status``."""
+    kind = StateType.COMPLETED if status is Status.COMPLETED else StateType.FAILED
+    return State(type=kind, name=TEXT[status], message=message)
+
+
+def step_tags(stage: int, phase: Phase) -> list[str]:
+    """
+    Tags that tell a step's task run. Tags, not its name: a task whose upstream failed never gets its run name
+    (seen on Prefect 3), and the status has to recognise it.
+    """
+    return [f"{STAGE_TAG}{stage}", f"{PHASE_TAG}{phase}"]
+
+
+Steps = Mapping[int, Mapping[Phase, TaskRun]]
+"""The latest task run of every step, by stage and phase."""
+
+
+def steps_of(task_runs: Iterable[TaskRun]) -> Steps:
+    """The steps among *task_runs*. A run that was taken up again has several of one step: the latest counts."""
+    steps: dict[int, dict[Phase, TaskRun]] = {}
+    for run in sorted(task_runs, key=lambda run: run.created.timestamp() if run.created else 0.0):
+        stage = next((tag.removeprefix(STAGE_TAG) for tag in run.tags if tag.startswith(STAGE_TAG)), None)
+        phase = next((tag.removeprefix(PHASE_TAG) for tag in run.tags if tag.startswith(PHASE_TAG)), None)
+        if stage is not None and phase is not None:
+            steps.setdefault(int(stage), {})[Phase(phase)] = run
+    return steps
+
+
+def outcomes(steps: Mapping[Phase, TaskRun]) -> list[tuple[Phase, Outcome]]:
+    return [(phase, _OUTCOME[run.state.type] if run.state else Outcome.WAITING) for phase, run in steps.items()]
+
+
+def stage_finished(steps: Mapping[Phase, TaskRun]) -> bool:
+    """Whether nothing more will happen in a stage: it has published, or a step before that failed."""
+    known = dict(outcomes(steps))
+    return known.get(Phase.PUBLISH) in (Outcome.DONE, Outcome.FAILED) or Outcome.FAILED in known.values()
+
+
+def live_status(steps: Steps) -> tuple[Status, int | None]:
+    """Status and stage of a run in progress: its least advanced stage that has begun and not finished."""
+    going = {index: stage for index, stage in steps.items() if not stage_finished(stage) and _begun(stage)} or {
+        index: stage for index, stage in steps.items() if _begun(stage)
+    }
+    if not going:
+        return Status.STARTED, None
+    last = {index: status_of(outcomes(stage)) for index, stage in going.items()}
+    index = min(last, key=lambda index: (last[index], index))
+    return last[index], index
+
+
+def _begun(stage: Mapping[Phase, TaskRun]) -> bool:
+    return any(outcome is not Outcome.WAITING for _, outcome in outcomes(stage))
+
+
+def run_status(state: State | None, steps: Steps) -> tuple[Status, int | None]:
+    """Status of a flow run, and the stage it is in. A stopped run's last status is ``live_status``."""
+    if state is None or state.type in (StateType.SCHEDULED, StateType.PENDING):
+        return Status.WARMING_UP, None
+    if state.type is StateType.CANCELLED:
+        return Status.STOPPED, live_status(steps)[1]
+    named = BY_TEXT.get(state.name or "")
+    if state.is_final() and named in TERMINAL:
+        return named, _ended_in(steps)
+    status, stage = live_status(steps)
+    if not state.is_final():
+        return status, stage
+    # Failed or crashed without a name of ours: a bug, or the process died. The step it died in says which
+    # terminal status is true.
+    return _died_in(status, steps.get(stage, {}) if stage is not None else {}), stage
+
+
+def _died_in(status: Status, stage: Mapping[Phase, TaskRun]) -> Status:
+    if status is Status.CONFIGURING:
+        data = dict(outcomes(stage)).get(Phase.DATA)
+        return failure_of(Phase.ALGORITHM if data is Outcome.DONE else Phase.DATA)
+    return {Status.FILTERING: Status.WITHHELD, Status.PUBLISHING: Status.UPLOAD_FAILED}.get(status, Status.RUN_FAILED)
+
+
+def _ended_in(steps: Steps) -> int | None:
+    """The first stage one of whose steps did not simply complete; a failed algorithm's step names its ending."""
+    odd = [
+        index
+        for index, stage in sorted(steps.items())
+        if any(run.state and run.state.is_final() and run.state.name != "Completed" for run in stage.values())
+    ]
+    return odd[0] if odd else (max(steps) if steps else None)
+
+
+def transitions(steps: Steps) -> list[Transition]:
+    """
+    Every status the stages have had, by the clocks of their steps: what no poll may have been quick enough to see.
+    """
+    found: list[Transition] = []
+    for index, stage in steps.items():
+        starts = {phase: run.start_time for phase, run in stage.items() if run.start_time is not None}
+        provisioning = [at for phase, at in starts.items() if phase in (Phase.DATA, Phase.ALGORITHM)]
+        if provisioning:
+            found.append(Transition(Status.CONFIGURING, min(provisioning), index))
+        done = [
+            run.end_time
+            for phase in (Phase.DATA, Phase.ALGORITHM)
+            if (run := stage.get(phase)) and run.end_time and run.state and run.state.is_completed()
+        ]
+        if len(done) == 2:
+            found.append(Transition(Status.PROVISIONED, max(done), index))
+        found.extend(
+            Transition(status, starts[phase], index)
+            for phase, status in (
+                (Phase.RUN, Status.RUNNING),
+                (Phase.FILTER, Status.FILTERING),
+                (Phase.PUBLISH, Status.PUBLISHING),
+            )
+            if phase in starts
+        )
+    return sorted(found, key=lambda transition: (transition.at, transition.stage or 0))
+
+
+def stop_request(state: State | None, status: Status) -> StopRequest:
+    """``stopreq``: 1 while and after a stop on request, 2 when the time limit stopped the algorithm."""
+    if state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED):
+        return StopRequest.STOP
+    if status is Status.RUN_FAILED and state is not None and "timed out" in (state.message or ""):
+        return StopRequest.TIMED_OUT
+    return StopRequest.NONE

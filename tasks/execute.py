@@ -1,0 +1,50 @@
+"""Run one algorithm in its workspace. One effect, plain arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from blocks.limits import Limits
+from blocks.runner import Execution, ExitReport, Image, Runner
+from tasks.workspace import Workspace
+
+
+def execute_algorithm(
+    runner: Runner,
+    workspace: Workspace,
+    *,
+    name: str,
+    entrypoint: str,
+    image: Image,
+    dids: Sequence[str],
+    algorithm_did: str,
+    secret: str,
+    variables: Mapping[str, str],
+    limits: Limits,
+    network: bool,
+) -> ExitReport:
+    """
+    Run the algorithm of *workspace* to its end or to a limit. Blocks for up to ``limits.seconds``.
+
+    *dids* are the names of the input folders. *variables* are the consumer's own and cannot replace the
+    documented ones.
+
+    Source: contract, section 4, "What the algorithm sees".
+    """
+    return runner.run(
+        Execution(
+            name=name,
+            entrypoint=entrypoint,
+            folders=workspace.folders,
+            limits=limits,
+            image=image,
+            variables={
+                **variables,
+                "DIDS": json.dumps(list(dids)),
+                "TRANSFORMATION_DID": algorithm_did,
+                "secret": secret,
+            },
+            network=network,
+        )
+    )
