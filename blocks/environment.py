@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.client.schemas.objects import BlockDocument
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.types import SecretDict
 from pydantic import Field
 
@@ -54,9 +54,7 @@ class ComputeEnvironment(Block):
         default=(),
         description="Further folders of the machine an algorithm may read, such as an interpreter's.",
     )
-    path: tuple[Path, ...] = Field(
-        default=(), description="Folders of programs, first on the algorithm's PATH."
-    )
+    path: tuple[Path, ...] = Field(default=(), description="Folders of programs, first on the algorithm's PATH.")
     workspace: str = Field(default="", description="Folder for jobs in progress, on the worker's machine.")
     results: str = Field(default="", description="Where results are kept: any URL fsspec opens.")
     results_options: SecretDict = Field(
@@ -98,10 +96,12 @@ def environments_of(documents: Iterable[BlockDocument]) -> dict[str, ComputeEnvi
 
 
 async def load_environments(client: PrefectClient) -> dict[str, ComputeEnvironment]:
-    """Every saved environment, by id. None where no environment was ever registered on this server."""
+    """Every saved environment, by id; empty on a server where none was ever registered."""
     try:
         return environments_of(await client.read_block_documents_by_type(_SLUG))
-    except ObjectNotFound:
+    except PrefectHTTPStatusError as answer:
+        if answer.response.status_code != 404:
+            raise
         return {}
 
 

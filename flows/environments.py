@@ -25,7 +25,14 @@ def read_definitions(path: Path) -> list[ComputeEnvironment]:
     """
     document = yaml.safe_load(path.read_text())
     defined: list[dict[str, Any]] = document.get("definitions", {}).get("environments", [])
-    return [ComputeEnvironment.model_validate(apply_values(one, dict(os.environ))) for one in defined]
+    return [ComputeEnvironment.model_validate(_filled(apply_values(one, dict(os.environ)))) for one in defined]
+
+
+def _filled(value: Any) -> Any:
+    """Without the keys whose value is an empty text: what Prefect's templates make of a variable that is not set."""
+    if isinstance(value, dict):
+        return {key: _filled(part) for key, part in value.items() if part != ""}
+    return value
 
 
 def register_from(path: Path) -> list[str]:

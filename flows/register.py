@@ -9,6 +9,7 @@ prefect.yaml names this module's flow as its first deployment, and a bare server
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from prefect import flow
@@ -22,4 +23,7 @@ def register_environments() -> list[str]:
     return register_from(Path("prefect.yaml"))
 
 
-register_environments.fn()
+# `prefect deploy` imports this on its event loop, where saving a block would hand back a coroutine that nobody
+# awaits; a thread has no loop.
+with ThreadPoolExecutor(1) as _thread:
+    _thread.submit(register_environments.fn).result()

@@ -1,0 +1,43 @@
+SHELL := /bin/sh
+ARGS ?=
+
+# What needs no engine that only some machines have.
+ANYWHERE := not docker and not kubernetes
+# What needs nothing started beside it.
+FAST := not server and not worker and not sandbox and not s3 and not postgres and $(ANYWHERE) and not slow
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check format bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install everything needed into .bootstrap/ and .venv/; the other targets do it by themselves
+	@scripts/bootstrap
+
+demo: setup ## Start the service, run a real two-stage job through it, show what comes out
+	@exec .venv/bin/c2d demo $(ARGS)
+
+up: setup ## Start the service and keep it running until Ctrl-C
+	@exec .venv/bin/c2d up $(ARGS)
+
+test: setup ## Run every test but those that need Docker or Kubernetes; more options in ARGS
+	@exec .venv/bin/pytest -m "$(ANYWHERE)" $(ARGS)
+
+check: setup ## Format, lint, types, layers and the tests that start nothing
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/pytest -m "$(FAST)" $(ARGS)
+
+format: setup ## Format the code and sort the imports
+	.venv/bin/ruff check --select I --fix
+	.venv/bin/ruff format
+
+bench: setup ## Run the benchmarks
+	@exec .venv/bin/python -m bench $(ARGS)
+
+clean: ## Remove what setup and tests have made; what the service keeps in .c2d/ stays
+	rm -rf .bootstrap .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
