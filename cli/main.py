@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 from cyclopts import App, Parameter
 from rich.console import Console
 
 from blocks.environment import state_folder
 from blocks.process import ProcessRunner
+from cli.demo import DemoFailed, run_demo
 from cli.service import ROOT, CannotStart, Service, wait_for_interrupt
 from flows.environments import read_definitions
 from flows.errors import InvalidWorkflow
@@ -56,6 +58,24 @@ def up(*, state: Path | None = None, api_port: int = 8050, prefect_port: int = 4
         return 1
     if failed is not None:
         _errors.print(f"[red]{failed.name} ended by itself; its log is {failed.log}[/red]")
+        return 1
+    return 0
+
+
+@app.command
+def demo(*, state: Path | None = None) -> int:
+    """Run a real two-stage job through a service started for it: submit, follow, download, show, stop.
+
+    Parameters
+    ----------
+    state
+        Folder of the demo's service and results (default: demo in $C2D_STATE, else .c2d/demo).
+    """
+    _console.print(f"sandbox: {sandbox_line()}\n")
+    try:
+        run_demo(state or state_folder() / "demo", _console)
+    except (CannotStart, DemoFailed, httpx.HTTPError) as problem:
+        _errors.print(f"[red]the demo failed: {problem}[/red]")
         return 1
     return 0
 

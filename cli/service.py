@@ -28,11 +28,14 @@ from prefect.states import AwaitingRetry, Cancelled
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from flows.compute import FLOW_NAME
+from flows.environments import read_definitions
 from flows.prefect_jobs import LIVE
 from flows.sealing import create_key_file
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 """Where prefect.yaml is: the checkout this runs from."""
+
+_PREFECT: Final = (sys.executable, "-m", "prefect")
 
 START_DEADLINE: Final = 180.0
 """Seconds a part may take to answer. A first start makes Prefect's database, which takes most of it."""
@@ -88,12 +91,14 @@ class Service:
     Args:
         state: Folder of everything that is kept. One service at a time.
         variables: Further environment variables for every part, for example ``C2D_NETWORKS``.
+        definitions: The prefect.yaml to deploy; each of its work pools gets a worker.
         api_port, prefect_port: 0 for any free one.
         say: Told one line per step of the start.
     """
 
     state: Path
     variables: Mapping[str, str] = field(default_factory=dict)
+    definitions: Path = ROOT / "prefect.yaml"
     api_port: int = 0
     prefect_port: int = 0
     say: Callable[[str], None] = lambda line: None
@@ -155,23 +160,12 @@ class Service:
         resumed = self._hand_back()
         if resumed:
             self.say(f"{resumed} job(s) in flight at the last stop go on")
-        self.say("worker")
-        self._launch(
-            "worker",
-            [
-                sys.executable,
-                "-m",
-                "prefect",
-                "worker",
-                "start",
-                "--pool",
-                "c2d",
-                "--type",
-                "process",
-                "--name",
-                "embedded",
-            ],
-        )
+        for pool in sorted({block.work_pool for block in read_definitions(self.definitions)}):
+            self.say(f"worker of work pool {pool}")
+            self._launch(
+                f"worker-{pool}",
+                [*_PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-embedded"],
+            )
         self.say("API")
         self._launch(
             "api",
@@ -207,6 +201,9 @@ class Service:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "DO_NOT_TRACK": "1",
             "C2D_STATE": str(self.state),
+            "C2D_DEFINITIONS": str(self.definitions),
+            "C2D_KEY_FILE": str(self.state / "key"),
+            "C2D_NONCE_DATABASE": f"sqlite+aiosqlite:///{self.state / 'nonces.sqlite'}",
             "C2D_LOCAL_WORKERS": "true",
             "C2D_HOST": "127.0.0.1",
             "C2D_PORT": str(self.api_port),
@@ -258,7 +255,7 @@ class Service:
         log = self.state / "logs" / "deploy.log"
         with log.open("ab") as output:
             done = subprocess.run(
-                [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+                [*_PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(self.definitions)],
                 cwd=ROOT,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,

@@ -29,7 +29,6 @@ from blocks.limits import MIB
 from blocks.runner import Ending, ExitReport, Image
 from blocks.store import Kind
 from flows.plan import Plan, PlannedStage, Step, folder_name
-from flows.states import step_tags
 from flows.status import Phase, Status
 from tasks.execute import execute_algorithm
 from tasks.provision import (
@@ -89,7 +88,7 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
         if planned.stage is None
     ]
     try:
-        with _progress(f"fetch-{stage.index}", f"Inputs of stage {stage.index}") as report:
+        with _progress(fetch_key(stage.index), f"Inputs of stage {stage.index}") as report:
             fetched = fetch_inputs(
                 by_url,
                 workspace.inputs,
@@ -268,7 +267,7 @@ def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironm
         )
         futures[step.name] = (
             TASK_FOR[step.phase]
-            .with_options(name=str(step.phase), task_run_name=step.name, tags=step_tags(step.stage, step.phase))
+            .with_options(name=step.name, task_run_name=step.name)
             .submit(
                 site,
                 **_handed_on(step, futures),
@@ -309,6 +308,11 @@ def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
     result = own[-1].result()
     assert isinstance(result, StageResult)  # noqa: S101  # for mypy: futures of several tasks share a dict
     return result
+
+
+def fetch_key(stage: int) -> str:
+    """Key of the artifact that tells how far a stage's inputs are."""
+    return f"fetch-{stage}"
 
 
 @contextmanager

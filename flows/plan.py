@@ -22,11 +22,12 @@ DID_PREFIX: Final = "did:op:"
 
 # A data set's id is a folder name under /data/inputs, so nothing may pass that a file system or a shell reads
 # differently. Unicode look-alikes are out with everything else that is not listed.
-_SAFE_ID: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,199}$")
-_VARIABLE: Final = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
-_CHECKSUM: Final = re.compile(r"^sha256:[0-9a-f]{64}$")
-_IMAGE: Final = re.compile(r"^[a-z0-9][a-z0-9._/:-]{0,254}$")
-_TAG: Final = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")
+_SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_CHECKSUM: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_IMAGE: Final = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,254}")
+_TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_BRACKETED: Final = re.compile(r"\[[^\]]*\]")
 RESERVED_NAMES: Final = frozenset({"algoCustomData.json"})
 RESERVED_VARIABLES: Final = frozenset(
     {"DIDS", "TRANSFORMATION_DID", "VOLUME", "INPUTS", "OUTPUTS", "LOGS", "ALGO", "secret", "PATH", "HOME"}
@@ -133,7 +134,10 @@ def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
     Source: spec 000 "Create new job"; contract, section 4.
     """
     indexes = tuple(position if stage.index is None else stage.index for position, stage in enumerate(workflow.stages))
-    problems = [*_size_problems(workflow), *_index_problems(indexes)]
+    if too_much := list(_size_problems(workflow)):
+        # Not looked into further: what is checked below takes more than linear time.
+        raise InvalidWorkflow(too_much)
+    problems = list(_index_problems(indexes))
     dependencies = dict(zip(indexes, _dependencies(workflow.stages, indexes), strict=True))
     problems.extend(_dependency_problems(workflow.stages, indexes, dependencies))
     if len({stage.compute.namespace for stage in workflow.stages}) > 1:
@@ -197,8 +201,8 @@ def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapp
         container=algorithm.container,
         limits=offer.limits.capped(
             seconds=stage.compute.maxtime,
-            memory_bytes=None if asked.ram is None else int(asked.ram * GIB),
-            disk_bytes=None if asked.disk is None else int(asked.disk * GIB),
+            memory_bytes=_bytes(asked.ram),
+            disk_bytes=_bytes(asked.disk),
             cpus=asked.cpu,
             gpus=0 if asked.gpu is None else asked.gpu,
         ),
@@ -207,6 +211,10 @@ def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapp
         publish_output=stage.output.publish_output,
         publish_algorithm_log=stage.output.publish_algorithm_log,
     )
+
+
+def _bytes(gibibytes: float | None) -> int | None:
+    return None if gibibytes is None else max(1, int(gibibytes * GIB))
 
 
 def _in_order(inputs: tuple[Input, ...]) -> list[Input]:
@@ -239,9 +247,9 @@ def _size_problems(workflow: Workflow) -> Iterator[Problem]:
         yield Problem("stages", "give at least one stage")
     if len(workflow.stages) > MAX_STAGES:
         yield Problem("stages", f"{len(workflow.stages)} stages; at most {MAX_STAGES}")
-    urls = sum(len(part.url) for stage in workflow.stages for part in stage.input)
-    if urls > MAX_URLS:
-        yield Problem("stages", f"{urls} input URLs in all; at most {MAX_URLS}")
+    inputs = sum(len(part.url) or 1 for stage in workflow.stages for part in stage.input)
+    if inputs > MAX_URLS:
+        yield Problem("stages", f"{inputs} inputs and URLs in all; at most {MAX_URLS}")
 
 
 def _index_problems(indexes: tuple[int, ...]) -> Iterator[Problem]:
@@ -260,13 +268,14 @@ def _dependency_problems(
         for n, named in enumerate(stage.depends_on or ()):
             if named not in known:
                 yield Problem(f"stages.{position}.dependsOn.{n}", f"there is no stage {named}")
+        ancestors = _ancestors(index, dependencies)
         for n, part in enumerate(stage.input):
             if part.stage is None:
                 continue
             path = f"stages.{position}.input.{n}.stage"
             if part.stage not in known:
                 yield Problem(path, f"there is no stage {part.stage}")
-            elif part.stage not in _ancestors(index, dependencies):
+            elif part.stage not in ancestors:
                 yield Problem(path, f"stage {part.stage} is not among the stages this one depends on")
     graph = {index: [d for d in after if d in known] for index, after in dependencies.items()}
     try:
@@ -325,7 +334,7 @@ def _input_problems(path: str, part: Input, offer: Offer | None) -> Iterator[Pro
     if not part.id:
         if part.stage is None:
             yield Problem(f"{path}.id", "is required")
-    elif not _SAFE_ID.match(part.id) or not _SAFE_ID.match(folder_name(part.id)) or ".." in part.id:
+    elif not _SAFE_ID.fullmatch(part.id) or not _SAFE_ID.fullmatch(folder_name(part.id)) or ".." in part.id:
         yield Problem(f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only, at most 200 of them")
     elif folder_name(part.id) in RESERVED_NAMES:
         yield Problem(f"{path}.id", "is a reserved name")
@@ -339,8 +348,8 @@ def _url_problems(path: str, url: str, offer: Offer | None) -> Iterator[Problem]
     if any(ord(c) < 0x21 or ord(c) == 0x7F for c in url):
         yield Problem(path, "has white space or control characters")
         return
-    if "::" in url.split("://", 1)[0]:
-        yield Problem(path, "chained URLs are not allowed")
+    if "::" in _BRACKETED.sub("", url):
+        yield Problem(path, "chained URLs are not allowed; spell a literal :: as %3A%3A")
         return
     try:
         parts = urlsplit(url)
@@ -350,6 +359,8 @@ def _url_problems(path: str, url: str, offer: Offer | None) -> Iterator[Problem]
         return
     if offer is not None and parts.scheme.lower() not in schemes:
         yield Problem(path, f"its scheme is not allowed in this environment; allowed: {', '.join(schemes)}")
+    elif parts.scheme.lower() in ("http", "https") and "@" in parts.netloc:
+        yield Problem(path, "carries credentials, which are not allowed in a URL")
     elif not host and parts.scheme.lower() != "memory":
         yield Problem(path, "names no host")
 
@@ -363,11 +374,11 @@ def _algorithm_problems(path: str, algorithm: Algorithm, offer: Offer | None) ->
         yield from _url_problems(f"{path}.url", algorithm.url, offer)
     if algorithm.rawcode and len(algorithm.rawcode.encode("utf-8", "surrogatepass")) > MAX_RAWCODE:
         yield Problem(f"{path}.rawcode", f"is longer than {MAX_RAWCODE} bytes; give url")
-    if algorithm.id and (not _SAFE_ID.match(algorithm.id) or ".." in algorithm.id):
+    if algorithm.id and (not _SAFE_ID.fullmatch(algorithm.id) or ".." in algorithm.id):
         yield Problem(f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only")
     yield from _container_problems(f"{path}.container", algorithm.container)
     for name in algorithm.envs or {}:
-        if not _VARIABLE.match(name) or "\x00" in (algorithm.envs or {})[name]:
+        if not _VARIABLE.fullmatch(name) or "\x00" in (algorithm.envs or {})[name]:
             yield Problem(f"{path}.envs", "has a name or value that is no environment variable")
         elif name in RESERVED_VARIABLES:
             yield Problem(f"{path}.envs.{name}", "is set by the service")
@@ -378,9 +389,9 @@ def _container_problems(path: str, container: Container) -> Iterator[Problem]:
         yield Problem(f"{path}.entrypoint", "is required, for example: python3 $ALGO")
     elif "\x00" in container.entrypoint:
         yield Problem(f"{path}.entrypoint", "has a NUL character")
-    if not _IMAGE.match(container.image):
+    if not _IMAGE.fullmatch(container.image):
         yield Problem(f"{path}.image", "is required and must be the name of a container image")
-    if not _TAG.match(container.tag):
+    if not _TAG.fullmatch(container.tag):
         yield Problem(f"{path}.tag", "is no tag of a container image")
-    if container.checksum and not _CHECKSUM.match(container.checksum):
+    if container.checksum and not _CHECKSUM.fullmatch(container.checksum):
         yield Problem(f"{path}.checksum", "must be sha256: and 64 hex digits")

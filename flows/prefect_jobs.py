@@ -34,6 +34,7 @@ from prefect.states import Cancelled, Cancelling, Scheduled
 
 from blocks.environment import ComputeEnvironment, load_environments
 from blocks.store import Manifest, StoreUnavailable
+from flows.build import fetch_key
 from flows.compute import DOCUMENT, FLOW_NAME
 from flows.errors import AgreementInUse, NoSuchResult, NotReady
 from flows.jobs import (
@@ -275,7 +276,7 @@ class PrefectJobs(Jobs):
         for run in runs:
             job = self._ended.get(_key(run))
             if job is None:
-                job = _job_of(run, steps_of(steps.get(run.id, ())), fetches.get(run.id), environments)
+                job = _job_of(run, steps_of(steps.get(run.id, ())), fetches, environments)
                 if _may_have_results(job, steps_of(steps.get(run.id, ()))):
                     job = replace(job, results=await self._results(job))
                 if job.finished and (datetime.now(UTC) - job.finished).total_seconds() > SETTLED:
@@ -299,8 +300,8 @@ class PrefectJobs(Jobs):
                     break
         return found
 
-    async def _fetches(self, run_ids: Sequence[UUID]) -> dict[UUID, Artifact]:
-        """The progress of the latest fetch of each run, as its provisioning task reports it."""
+    async def _fetches(self, run_ids: Sequence[UUID]) -> dict[tuple[UUID, str], Artifact]:
+        """How far each run's fetches are, by run and ``fetch_key``, as its provisioning tasks report it."""
         if not run_ids:
             return {}
         artifacts = await self._client.read_artifacts(
@@ -309,9 +310,9 @@ class PrefectJobs(Jobs):
             )
         )
         return {
-            artifact.flow_run_id: artifact
+            (artifact.flow_run_id, artifact.key): artifact
             for artifact in sorted(artifacts, key=_created)
-            if artifact.flow_run_id is not None
+            if artifact.flow_run_id is not None and artifact.key is not None
         }
 
     async def _results(self, job: Job) -> tuple[Result, ...]:
@@ -391,10 +392,16 @@ def _may_have_results(job: Job, steps: Steps) -> bool:
     return job.ended or any(run is not None and run.state is not None and run.state.is_completed() for run in published)
 
 
-def _job_of(run: FlowRun, steps: Steps, fetch: Artifact | None, environments: Mapping[str, EnvironmentState]) -> Job:
+def _job_of(
+    run: FlowRun,
+    steps: Steps,
+    fetches: Mapping[tuple[UUID, str], Artifact],
+    environments: Mapping[str, EnvironmentState],
+) -> Job:
     summary = run.parameters["summary"]
     status, stage = run_status(run.state, steps)
     state = run.state
+    fetch = fetches.get((run.id, fetch_key(stage))) if stage is not None else None
     final = state is not None and state.is_final()
     environment = summary["environments"][0]
     message = (state.message or "") if state is not None else ""

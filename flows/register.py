@@ -9,18 +9,24 @@ prefect.yaml names this module's flow as its first deployment, and a bare server
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 from prefect import flow
 
 from flows.environments import register_from
 
 
+DEFINITIONS: Final = "C2D_DEFINITIONS"
+"""Environment variable naming the file given to ``prefect deploy --prefect-file``, which tells no flow of it."""
+
+
 @flow(name="register-environments")
 def register_environments() -> list[str]:
     """Register once more, for example after prefect.yaml has changed. Returns the ids, in the file's order."""
-    return register_from(Path("prefect.yaml"))
+    return register_from(Path(os.environ.get(DEFINITIONS, "prefect.yaml")))
 
 
 # `prefect deploy` imports this on its event loop, where saving a block would hand back a coroutine that nobody

@@ -9,7 +9,9 @@ import hashlib
 import hmac
 import json
 import os
+import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,18 @@ class CannotUnseal(Exception):
 def create_key_file(path: Path) -> None:
     """Make the service's key, readable by its user alone; an existing file stays as it is. Safe to repeat."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+    if path.exists():
         return
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(Fernet.generate_key() + b"\n")
+    # Linked into place when it is whole: whoever starts at the same moment finds no file or one with a key in it.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
+    whole = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(Fernet.generate_key() + b"\n")
+        with suppress(FileExistsError):
+            path.hardlink_to(whole)
+    finally:
+        whole.unlink()
 
 
 class Seal:

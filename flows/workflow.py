@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -37,6 +40,38 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _utf8(value: str) -> str:
+    # A lone surrogate, which JSON can spell, would pass every other check and fail when it is first written.
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError("has half a character (a lone surrogate)")
+    return value
+
+
+def _json(value: Any) -> Any:
+    """Free values, kept to what JSON has and to a depth that everything they pass through can serialize."""
+    todo = [(value, 0)]
+    while todo:
+        part, depth = todo.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"is nested more than {DEEPEST} deep")
+        match part:
+            case dict():
+                todo.extend((each, depth + 1) for pair in part.items() for each in pair)
+            case list() | tuple():
+                todo.extend((each, depth + 1) for each in part)
+            case str():
+                _utf8(part)
+            case float() if not math.isfinite(part):
+                raise ValueError("has a number that JSON does not have")
+    return value
+
+
+DEEPEST: Final = 100
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+
+Text = Annotated[str, AfterValidator(_utf8)]
+Json = Annotated[Any, AfterValidator(_json)]
+Index = Annotated[int, Field(ge=0, le=1_000_000)]
 Urls = Annotated[
     tuple[Annotated[str, StringConstraints(min_length=1, max_length=8_192)], ...],
     BeforeValidator(_one_or_many),
@@ -64,17 +99,17 @@ class Remote(Document):
 
     tx_id: Scalar = Field(default="", alias="txId")
     service_id: Scalar = Field(default="", alias="serviceId")
-    userdata: Any = Field(default=None, repr=False)
+    userdata: Json = Field(default=None, repr=False)
 
 
 class Input(Document):
     """One data set: by URL, by look-up, or the outputs of another stage (ours)."""
 
     id: Scalar = ""
-    index: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    index: Index | None = None
     url: Urls = Field(default=(), repr=False)
     remote: Remote | None = None
-    stage: int | None = None
+    stage: Index | None = None
 
 
 class Resources(Document):
@@ -106,12 +141,12 @@ class Algorithm(Document):
 
     id: Scalar | None = None
     url: Annotated[str, StringConstraints(max_length=8_192)] | None = Field(default=None, repr=False)
-    rawcode: str | None = Field(default=None, repr=False)
+    rawcode: Text | None = Field(default=None, repr=False)
     remote: Remote | None = None
     container: Container = Container()
-    algouserdata: Any = Field(default=None, repr=False)
-    algocustomdata: Any = Field(default=None, repr=False)
-    envs: Mapping[str, Annotated[str, BeforeValidator(_text)]] | None = Field(default=None, repr=False)
+    algouserdata: Json = Field(default=None, repr=False)
+    algocustomdata: Json = Field(default=None, repr=False)
+    envs: Mapping[Text, Annotated[Text, BeforeValidator(_text)]] | None = Field(default=None, repr=False)
 
 
 class Output(Document):
@@ -124,7 +159,7 @@ class Output(Document):
     )
     node_uri: Scalar | None = Field(default=None, validation_alias=AliasChoices("nodeUri", "nodeUrl"))
     brizo_address: Scalar | None = Field(default=None, validation_alias=AliasChoices("brizoAddress"))
-    metadata: Any = None
+    metadata: Json = None
     whitelist: tuple[Scalar, ...] = ()
     owner: Scalar | None = None
     publish_output: Flag = Field(default=True, validation_alias=AliasChoices("publishoutput", "publishOutput"))
@@ -134,12 +169,12 @@ class Output(Document):
 
 
 class Stage(Document):
-    index: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    index: Index | None = None
     input: tuple[Input, ...]
     compute: Compute
     algorithm: Algorithm
     output: Output
-    depends_on: tuple[int, ...] | None = Field(default=None, alias="dependsOn")
+    depends_on: tuple[Index, ...] | None = Field(default=None, alias="dependsOn")
 
 
 class Workflow(Document):
@@ -162,10 +197,19 @@ def parse_workflow(document: Any) -> Workflow:
         return Workflow.model_validate(document)
     except ValidationError as fault:
         raise InvalidWorkflow(
-            Problem(".".join(map(str, error["loc"])) or "workflow", _sentence(error["type"], error["msg"]))
+            Problem(_path(error["loc"]), _sentence(error["type"], error["msg"]))
             for error in fault.errors(include_url=False, include_context=False, include_input=False)
         ) from None
 
 
+def _path(location: tuple[int | str, ...]) -> str:
+    """Dotted; what stands in place of a variable's name and is none is not quoted."""
+    parts = list(map(str, location))
+    if "envs" in parts:
+        place = parts.index("envs") + 1
+        parts[place:] = [name for name in parts[place : place + 1] if _VARIABLE.fullmatch(name)]
+    return ".".join(parts) or "workflow"
+
+
 def _sentence(kind: str, message: str) -> str:
-    return "is required" if kind == "missing" else message
+    return "is required" if kind == "missing" else message.removeprefix("Value error, ")
