@@ -14,7 +14,6 @@ MIB = 1024**2
 GIB = 1024**3
 
 
-
 def _listed(value: Any) -> Any:
     """A list, or one string with commas: the form an environment variable can have."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -42,9 +41,7 @@ class Limits(BaseModel):
 
     def capped(self, **wanted: float | None) -> Self:
         """These limits, each lowered (never raised) to the *wanted* value where one is given."""
-        lower = {
-            name: min(value, getattr(self, name)) for name, value in wanted.items() if value is not None
-        }
+        lower = {name: min(value, getattr(self, name)) for name, value in wanted.items() if value is not None}
         return self.model_copy(update=lower)
 
 

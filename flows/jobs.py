@@ -284,6 +284,7 @@ class MemoryJobs(Jobs):
             stopped_in=job.status,
             progress=1.0 if status is Status.COMPLETED else job.progress,
             history=(*job.history, Transition(status, at)),
+            stop_request=StopRequest.STOP if status is Status.STOPPED else job.stop_request,
         )
         self._jobs[job_id] = moved
         return moved

@@ -18,7 +18,6 @@ from prefect import flow
 
 from flows.environments import register_from
 
-
 DEFINITIONS: Final = "C2D_DEFINITIONS"
 """Environment variable naming the file given to ``prefect deploy --prefect-file``, which tells no flow of it."""
 

@@ -1,0 +1,58 @@
+"""Links to results: signed, expiring, and good for exactly one file of one job."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from itsdangerous import BadData, SignatureExpired, URLSafeTimedSerializer
+
+from flows.errors import LinkExpired, NoSuchResult
+
+PREFIX: Final = "/api/results"
+_PURPOSE: Final = b"result links"
+_FERNET_KEY_CHARACTERS: Final = 44
+
+
+class Links:
+    """Makes links that hold for *seconds*, with a key derived from the service's own for this purpose alone."""
+
+    def __init__(self, key_file: Path, seconds: int) -> None:
+        keys = key_file.read_bytes().split()
+        if not keys or any(len(key) < _FERNET_KEY_CHARACTERS for key in keys):
+            raise ValueError(f"{key_file} must hold the service's keys, one a line, of 32 bytes each in base64")
+        self._seconds = seconds
+        # itsdangerous signs with the last key; the key file has the newest first.
+        self._serializer = URLSafeTimedSerializer(
+            [_derived(key) for key in reversed(keys)],
+            salt=_PURPOSE,
+            signer_kwargs={"digest_method": hashlib.sha256},
+        )
+
+    def path(self, job_id: str, index: int, filename: str) -> str:
+        """The name at the end is for people and their download folders; it decides nothing."""
+        name = quote(filename.rpartition("/")[2], safe="", errors="replace")
+        return f"{PREFIX}/{self._serializer.dumps([job_id, index])}/{name}"
+
+    def resolve(self, token: str) -> tuple[str, int]:
+        """
+        Job and index a link stands for.
+
+        Raises:
+            LinkExpired, NoSuchResult: The latter for what this service has not signed.
+        """
+        try:
+            job_id, index = self._serializer.loads(token, max_age=self._seconds)
+        except SignatureExpired:
+            raise LinkExpired from None
+        except BadData:
+            raise NoSuchResult("There is no such link") from None
+        return job_id, index
+
+
+def _derived(key: bytes) -> bytes:
+    return HKDF(algorithm=SHA256(), length=32, salt=None, info=_PURPOSE).derive(key)

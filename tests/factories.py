@@ -1,0 +1,149 @@
+"""Small builders of what tests need: documents, offers, settings, keys, results, and a client of the real app."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from eth_account import Account
+from eth_account.messages import encode_defunct
+from eth_account.signers.local import LocalAccount
+from eth_utils.crypto import keccak
+from fastapi import FastAPI
+
+from api.app import create_app
+from api.settings import Settings
+from blocks.limits import Limits, Offer
+from flows.jobs import Job, MemoryJobs, Result, only_job
+from flows.sealing import create_key_file
+from flows.workflow import parse_workflow
+
+SPEC: Final = Path(__file__).parent / "spec"
+
+OWNER: Final = "0xC41808BBef371AD5CFc76466dDF9dEe228d2BdAA"
+PROVIDER: Final[LocalAccount] = Account.from_key(b"\x01" * 32)
+ADMIN: Final[LocalAccount] = Account.from_key(b"\x02" * 32)
+STRANGER: Final[LocalAccount] = Account.from_key(b"\x03" * 32)
+
+
+def workflow(**changes: Any) -> dict[str, Any]:
+    """One stage in ``withgpu``; *changes* replace keys of the document."""
+    return {"agreementId": "111", "owner": OWNER, "stages": [stage()], **changes}
+
+
+def stage(**changes: Any) -> dict[str, Any]:
+    return {
+        "index": 0,
+        "input": [{"id": "did:op:01", "index": 0, "url": ["https://example.com/data.csv"]}],
+        "compute": {"Instances": 1, "namespace": "withgpu", "maxtime": 60},
+        "algorithm": {
+            "id": "did:op:02",
+            "rawcode": "print('hello')",
+            "container": {"image": "python", "tag": "3.12", "entrypoint": "python3 $ALGO"},
+        },
+        "output": {"whitelist": [], "publishoutput": True, "publishalgolog": True},
+        **changes,
+    }
+
+
+def offers() -> dict[str, Offer]:
+    return {"withgpu": Offer(id="withgpu", desc="has a GPU", limits=Limits(gpus=1)), "small": Offer(id="small")}
+
+
+def settings(folder: Path, **changes: Any) -> Settings:
+    """Open to this machine only, nothing read from the environment; *changes* replace settings."""
+    create_key_file(folder / "key")
+    values = {"key_file": folder / "key", "nonce_database": "sqlite+aiosqlite://", **changes}
+    return Settings.model_validate(values)
+
+
+def result(filename: str, body: bytes, kind: str = "output", media_type: str = "text/plain") -> tuple[Result, bytes]:
+    digest = hashlib.sha256(body).hexdigest()
+    return Result(filename=filename, filesize=len(body), media_type=media_type, kind=kind, sha256=digest), body
+
+
+_clock: Final = count(1_700_000_000_000)
+
+
+def sign(key: LocalAccount, message: str) -> str:
+    """In the Provider's scheme."""
+    signed = key.sign_message(encode_defunct(primitive=keccak(text=message)))
+    return "0x" + bytes(signed.signature).hex()
+
+
+def signed(key: LocalAccount, owner: str = "", job_id: str = "", *, nonce: int | str | float = 0) -> dict[str, Any]:
+    """``providerSignature`` and ``nonce``, each time a greater one, over ``owner + [job_id] + nonce``."""
+    nonce = nonce or next(_clock)
+    return {"providerSignature": sign(key, f"{owner}{job_id}{nonce}"), "nonce": nonce}
+
+
+class Client:
+    """A client of the real app in this process, and the jobs under it. Answers are those of httpx."""
+
+    def __init__(self, portal: BlockingPortal, http: httpx.AsyncClient, app: FastAPI, jobs: MemoryJobs) -> None:
+        self._portal = portal
+        self._http = http
+        self.app = app
+        self.jobs = jobs
+
+    def request(self, method: str, url: str, **options: Any) -> httpx.Response:
+        return self._portal.call(partial(self._http.request, method, url, **options))
+
+    def get(self, url: str, **options: Any) -> httpx.Response:
+        return self.request("GET", url, **options)
+
+    def post(self, url: str, **options: Any) -> httpx.Response:
+        return self.request("POST", url, **options)
+
+    def put(self, url: str, **options: Any) -> httpx.Response:
+        return self.request("PUT", url, **options)
+
+    def delete(self, url: str, **options: Any) -> httpx.Response:
+        return self.request("DELETE", url, **options)
+
+    def emptied(self) -> Client:
+        """The same app over no jobs: making an app takes longer than most tests."""
+        self.jobs = MemoryJobs(offers())
+        self.app.state.service = replace(self.app.state.service, jobs=self.jobs)
+        return self
+
+    def started(self, **changes: Any) -> str:
+        """The id of a new job, put straight under the app."""
+        return self._portal.call(self.jobs.submit, parse_workflow(workflow(**changes))).id
+
+    def job(self, job_id: str) -> Job:
+        """As the jobs under the app have it."""
+        return self._portal.call(only_job, self.jobs, job_id)
+
+
+@contextmanager
+def client(of: Settings, jobs: MemoryJobs | None = None, peer: str = "127.0.0.1") -> Iterator[Client]:
+    """The app as its server runs it, lifespan and all, but without a socket; *peer* is where calls come from."""
+    jobs = jobs if jobs is not None else MemoryJobs(offers())
+    app = create_app(of, jobs)
+
+    @asynccontextmanager
+    async def running() -> AsyncIterator[httpx.AsyncClient]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(peer, 50_000))
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://localhost:8030") as http,
+        ):
+            yield http
+
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(running()) as http:
+        yield Client(portal, http, app, jobs)
+
+
+def spec(name: str) -> Any:
+    """An example of the documents, as printed."""
+    return json.loads((SPEC / name).read_text(encoding="utf-8"))

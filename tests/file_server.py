@@ -1,0 +1,194 @@
+"""A real HTTP server for tests: files on loopback, with the faults of servers that consumers name."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+
+from blocks.limits import FetchLimits
+
+CHUNK = 256 * 1024
+
+LOOPBACK = FetchLimits(networks=("127.0.0.0/8",), seconds_to_connect=5, seconds_silent=5, seconds_total=60)
+"""Limits under which a ``FileServer`` may be fetched from."""
+
+
+@dataclass
+class _File:
+    body: bytes | Path | None
+    size: int
+    status: int = 200
+    delay: float = 0.0
+    hang: bool = False
+    drop_after: int | None = None
+    redirect_to: str | None = None
+    fail_times: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    async def chunks(self, start: int, end: int) -> AsyncIterator[bytes]:
+        if isinstance(self.body, Path):
+            with self.body.open("rb") as file:
+                file.seek(start)
+                while start < end:
+                    chunk = file.read(min(CHUNK, end - start))
+                    yield chunk
+                    start += len(chunk)
+        elif self.body is not None:
+            yield self.body[start:end]
+        else:
+            zeros = bytes(CHUNK)
+            while start < end:
+                yield zeros[: end - start]
+                start += CHUNK
+
+
+def _length(body: bytes | Path) -> int:
+    return body.stat().st_size if isinstance(body, Path) else len(body)
+
+
+class FileServer:
+    """
+    Serves what was added, in a thread of its own, until the ``with`` block ends.
+
+    >>> with FileServer() as server:
+    ...     url = server.add(b"1,2,3", name="numbers.csv")
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, _File] = {}
+        self._names = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._port = 0
+        self._waiting = 0
+        self.requests: Counter[str] = Counter()
+        """Requests answered or hung, by URL, HEAD and GET together."""
+        self.most_at_once = 0
+        """The largest number of requests that were open at the same time."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    def add(
+        self,
+        body: bytes | Path = b"",
+        *,
+        name: str | None = None,
+        status: int = 200,
+        delay: float = 0.0,
+        hang: bool = False,
+        drop_after: int | None = None,
+        redirect_to: str | None = None,
+        fail_times: int = 0,
+        size: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> str:
+        """
+        Serve one more file and return its URL.
+
+        *size*: so many zero bytes, made as they are sent, instead of *body*.
+        *delay*: seconds before the answer. *hang*: no answer at all.
+        *drop_after*: the connection is cut after so many bytes of a body announced in full.
+        *fail_times*: so many requests are answered 503 first. *headers*: of every answer, also of those 503.
+        """
+        path = f"/{name or next(self._names)}"
+        self._files[path] = _File(
+            body if size is None else None,
+            _length(body) if size is None else size,
+            status=status,
+            delay=delay,
+            hang=hang,
+            drop_after=drop_after,
+            redirect_to=redirect_to,
+            fail_times=fail_times,
+            headers=headers or {},
+        )
+        return self.url + path
+
+    async def _start(self) -> None:
+        # Cancelled handlers end their waits, so a hung request does not keep the server from closing.
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, backlog=512)
+        await site.start()
+        self._port = self._runner.addresses[0][1]
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests[self.url + request.path] += 1
+        self._waiting += 1
+        self.most_at_once = max(self.most_at_once, self._waiting)
+        try:
+            return await self._serve(request)
+        finally:
+            self._waiting -= 1
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        file = self._files.get(request.path)
+        if file is None:
+            return web.Response(status=404, text="no such file")
+        if file.hang:
+            await asyncio.sleep(3600)
+        await asyncio.sleep(file.delay)
+        if file.fail_times > 0:
+            file.fail_times -= 1
+            return web.Response(status=503, text="try again", headers=file.headers)
+        if file.redirect_to is not None:
+            return web.Response(status=302, headers={"Location": file.redirect_to, **file.headers})
+        if file.status != 200:
+            return web.Response(status=file.status, text="no", headers=file.headers)
+        return await self._send(request, file)
+
+    async def _send(self, request: web.Request, file: _File) -> web.StreamResponse:
+        asked = request.http_range
+        start, end, _ = slice(asked.start, asked.stop).indices(file.size)
+        partial = asked.start is not None
+        response = web.StreamResponse(
+            status=206 if partial else 200,
+            headers={"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **file.headers},
+        )
+        response.content_length = end - start
+        if partial:
+            response.headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+        await response.prepare(request)
+        if request.method == "HEAD":
+            return response
+        sent = 0
+        async for chunk in file.chunks(start, end):
+            if file.drop_after is not None and sent + len(chunk) > file.drop_after:
+                await response.write(chunk[: file.drop_after - sent])
+                assert request.transport is not None
+                request.transport.close()
+                return response
+            await response.write(chunk)
+            sent += len(chunk)
+        await response.write_eof()
+        return response

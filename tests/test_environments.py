@@ -1,0 +1,185 @@
+"""Compute environments: from prefect.yaml to what is on offer, and to a real Prefect server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+import httpx
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from pydantic import ValidationError
+
+from blocks.environment import ComputeEnvironment, load_environments_sync
+from blocks.limits import GIB, Offer
+from cli.service import ROOT
+from flows.environments import read_definitions, register_from
+from tests.conftest import DEFINITIONS, PrefectServer
+
+MARKER: Final = "hush-a87ff679a2f3"
+
+
+def written(folder: Path, *environments: dict[str, object]) -> Path:
+    path = folder / f"{uuid4().hex}.yaml"
+    path.write_text(yaml.safe_dump({"definitions": {"environments": list(environments)}}))
+    return path
+
+
+def one(id: str, *, pool: str = "", offer: dict[str, object] | None = None, **more: object) -> dict[str, object]:
+    return {"offer": {"id": id, **(offer or {})}, "work_pool": pool or f"pool-{id}", **more}
+
+
+# Reading.
+
+
+def test_what_this_checkout_offers() -> None:
+    """prefect.yaml defines one environment with the limits it says, on a pool that is one of its deployments."""
+    (only,) = read_definitions(ROOT / "prefect.yaml")
+    assert ("default", "c2d", "process", 2) == (only.offer.id, only.work_pool, only.work_pool_type, only.offer.max_jobs)
+    assert (3600, 2 * GIB, 10 * GIB) == (
+        only.offer.limits.seconds,
+        only.offer.limits.memory_bytes,
+        only.offer.limits.disk_bytes,
+    )
+    assert ((), "", "", False) == (only.offer.fetch.networks, only.offer.cpu_type, only.results, only.allow_unsandboxed)
+
+
+@pytest.mark.parametrize("path", [ROOT / "prefect.yaml", DEFINITIONS], ids=["ours", "of the tests"])
+def test_every_environment_is_deployed(path: Path) -> None:
+    """An environment that is on offer has a deployment of its name, on its own pool."""
+    deployments = {
+        each["name"]: each["work_pool"]["name"] for each in yaml.safe_load(path.read_text())["deployments"]
+    }
+    for environment in read_definitions(path):
+        assert environment.work_pool == deployments[environment.offer.id]
+
+
+def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in braces comes from the environment, with commas where a list is wanted."""
+    monkeypatch.setenv("C2D_NETWORKS", "127.0.0.0/8, 10.0.0.0/8")
+    monkeypatch.setenv("C2D_RESULTS", "s3://bucket/results")
+    monkeypatch.setenv("C2D_CPU_TYPE", "fast")
+    monkeypatch.setenv("C2D_ALLOW_UNSANDBOXED", "true")
+    (only,) = read_definitions(ROOT / "prefect.yaml")
+    assert ("127.0.0.0/8", "10.0.0.0/8") == only.offer.fetch.networks
+    assert ("s3://bucket/results", "fast", True) == (only.results, only.offer.cpu_type, only.allow_unsandboxed)
+
+
+def test_results_and_documents_are_apart(tmp_path: Path) -> None:
+    """Both are kept below the URL of the environment, and never in one folder."""
+    (here, there) = read_definitions(
+        written(tmp_path, one("here"), one("there", results="s3://bucket/x/", results_options={"key": MARKER}))
+    )
+    assert ("s3://bucket/x/results", "s3://bucket/x/documents") == (there.store().url, there.documents().url)
+    assert here.store().url.startswith("file:///") and here.store().url != here.documents().url
+    assert MARKER not in f"{there!r} {there} {there.store()!r}"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"work_pool": "p"},
+        {"offer": {"id": "a"}},
+        {"offer": {"id": "../a"}, "work_pool": "p"},
+        {"offer": {"id": "a", "limits": {"second": 1}}, "work_pool": "p"},
+        {"offer": {"id": "a", "limits": {"seconds": 0}}, "work_pool": "p"},
+        {"offer": {"id": "a", "fetch": {"networks": "10.0.0.1/8"}}, "work_pool": "p"},
+        {"offer": {"id": "a", "fetch": {"networks": "everything"}}, "work_pool": "p"},
+        {"offer": {"id": "a"}, "work_pool": "p", "runner": "trust"},
+    ],
+)
+def test_mistakes_of_an_operator(tmp_path: Path, broken: dict[str, object]) -> None:
+    """A definition with a mistake is refused, not read as something near it."""
+    with pytest.raises(ValidationError):
+        read_definitions(written(tmp_path, broken))
+
+
+def test_a_file_without_environments(tmp_path: Path) -> None:
+    """A prefect.yaml of someone else defines none."""
+    path = tmp_path / "prefect.yaml"
+    path.write_text("name: other\n")
+    assert [] == read_definitions(path)
+
+
+# Registering.
+
+
+@pytest.fixture
+def client(prefect_server: PrefectServer) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: prefect_server.api}), get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def names(client: SyncPrefectClient) -> Iterator[list[str]]:
+    """Two ids nobody else uses; what was registered under them is gone afterwards."""
+    ids = [f"t{uuid4().hex[:8]}" for _ in range(2)]
+    yield ids
+    for id in ids:
+        block = next((d for d in client.read_block_documents() if d.name == id), None)
+        if block is not None:
+            client.delete_block_document(block.id)
+        with suppress(ObjectNotFound):
+            client.delete_work_pool(f"pool-{id}")
+
+
+def offers(client: SyncPrefectClient) -> dict[str, Offer]:
+    return {id: block.offer for id, block in load_environments_sync(client).items()}
+
+
+@pytest.mark.server
+def test_registered_environments_are_on_offer(client: SyncPrefectClient, names: list[str], tmp_path: Path) -> None:
+    """What was registered is read back as it was defined, and its pool is there with as many slots as jobs."""
+    first, second = names
+    path = written(tmp_path, one(first, offer={"max_jobs": 3, "limits": {"seconds": 7}}), one(second))
+    assert names == register_from(path)
+    defined = {environment.offer.id: environment.offer for environment in read_definitions(path)}
+    assert defined == {id: offer for id, offer in offers(client).items() if id in names}
+    pools = [client.read_work_pool(f"pool-{id}") for id in names]
+    assert [("process", 3), ("process", 2)] == [(pool.type, pool.concurrency_limit) for pool in pools]
+
+
+@pytest.mark.server
+def test_registering_again_brings_up_to_date(client: SyncPrefectClient, names: list[str], tmp_path: Path) -> None:
+    """A repeat changes what the file says has changed, and keeps what an operator has set in the pool."""
+    first, second = names
+    register_from(written(tmp_path, one(first), one(second)))
+    client.update_work_pool(f"pool-{first}", WorkPoolUpdate(description="mine"))
+    register_from(written(tmp_path, one(first, offer={"max_jobs": 5, "desc": "new"}), one(second)))
+    pool = client.read_work_pool(f"pool-{first}")
+    assert (5, "mine") == (pool.concurrency_limit, pool.description)
+    assert "new" == offers(client)[first].desc
+
+
+@pytest.mark.server
+def test_a_shared_pool_has_slots_for_all(client: SyncPrefectClient, names: list[str], tmp_path: Path) -> None:
+    """Environments on one pool have the slots of all of them together."""
+    first, second = names
+    pool = f"pool-{first}"
+    register_from(written(tmp_path, one(first, offer={"max_jobs": 1}), one(second, pool=pool)))
+    assert 3 == client.read_work_pool(pool).concurrency_limit
+
+
+@pytest.mark.server
+def test_credentials_of_a_store_are_kept_secret(
+    client: SyncPrefectClient, prefect_server: PrefectServer, names: list[str], tmp_path: Path
+) -> None:
+    """Options of a store are there for who needs them, and neither in the API's plain answer nor in the database."""
+    first, second = names
+    secret = {"results": "s3://bucket", "results_options": {"key": MARKER}, "fetch_options": {"s3": {"key": MARKER}}}
+    register_from(written(tmp_path, one(first, **secret), one(second)))
+    block = load_environments_sync(client)[first]
+    assert {"key": MARKER} == dict(block.store().storage_options)
+    assert {"s3": {"key": MARKER}} == dict(block.storage_options())
+    shown = httpx.post(f"{prefect_server.api}/block_documents/filter", json={}).raise_for_status().text
+    stored = b"".join(path.read_bytes() for path in prefect_server.database.parent.glob("prefect.db*"))
+    assert first in shown and first.encode() in stored
+    assert MARKER not in shown and MARKER.encode() not in stored
+    assert isinstance(block, ComputeEnvironment)

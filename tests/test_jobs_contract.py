@@ -1,0 +1,468 @@
+"""What every implementation of ``Jobs`` keeps: in memory, and over a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from blocks.environment import state_folder
+from cli.service import free_port
+from flows.errors import AgreementInUse, InvalidWorkflow, JobNotFound, NoSuchResult, NotReady
+from flows.jobs import Job, JobQuery, Jobs, MemoryJobs
+from flows.prefect_jobs import PrefectJobs
+from flows.sealing import Seal, create_key_file
+from flows.status import Status
+from flows.workflow import Workflow, parse_workflow
+from tests import documents
+from tests.conftest import PrefectServer
+from tests.documents import data, offer, stage
+
+pytestmark = pytest.mark.anyio
+
+ENVIRONMENT: Final = "unattended"
+"""Nobody runs its jobs, so that they wait for as long as a test looks at them."""
+
+MARKER: Final = "hush-c4ca4238a0b923"
+
+Opened = Callable[[], AbstractAsyncContextManager[Jobs]]
+
+
+@asynccontextmanager
+async def in_memory() -> AsyncIterator[Jobs]:
+    yield MemoryJobs({ENVIRONMENT: offer(ENVIRONMENT)})
+
+
+@asynccontextmanager
+async def over_prefect(server: PrefectServer) -> AsyncIterator[PrefectJobs]:
+    create_key_file(server.key_file)
+    # As in the API's process: beside the client it is given, this implementation listens to events, and Prefect
+    # finds those by its setting alone.
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        async with get_client() as client:
+            await client.update_work_pool(ENVIRONMENT, WorkPoolUpdate(is_paused=True))
+            yield PrefectJobs(client, Seal.from_file(server.key_file), local_workers=False)
+
+
+@pytest.fixture(params=[MemoryJobs, pytest.param(PrefectJobs, marks=pytest.mark.server)])
+def opened(request: pytest.FixtureRequest) -> Opened:
+    """Opens an implementation; several times for several at once."""
+    if request.param is MemoryJobs:
+        return in_memory
+    server: PrefectServer = request.getfixturevalue("prefect_server")
+    return lambda: over_prefect(server)
+
+
+@pytest.fixture
+async def jobs(opened: Opened) -> AsyncIterator[Jobs]:
+    async with opened() as implementation:
+        yield implementation
+
+
+@pytest.fixture
+async def prefect_jobs(prefect_server: PrefectServer) -> AsyncIterator[PrefectJobs]:
+    async with over_prefect(prefect_server) as implementation:
+        yield implementation
+
+
+def document(*, agreement: str = "", owner: str = "", more: dict[str, Any] | None = None, **stage_of: Any) -> Workflow:
+    """One that nobody else has: agreement and owner are made up where they are not given."""
+    return parse_workflow(
+        documents.workflow(
+            stages=[stage(environment=ENVIRONMENT, **stage_of)],
+            agreement=agreement or uuid4().hex,
+            owner=owner or f"0x{uuid4().hex}AB",
+            **(more or {}),
+        )
+    )
+
+
+def by_id(job: Job) -> JobQuery:
+    return JobQuery(job_id=job.id)
+
+
+async def only(found: Awaitable[list[Job]]) -> Job:
+    (job,) = await found
+    return job
+
+
+# Taking in.
+
+
+async def test_a_job_that_was_taken_in(jobs: Jobs) -> None:
+    """A job waits under the names of its document and says what it waits for."""
+    wanted = document(
+        input=[data("did:op:b", index=1), data("did:op:a", index=0)],
+        algorithm={"id": "did:op:c"},
+        output={"whitelist": ["0x2", "0x1"]},
+    )
+    job = await jobs.submit(wanted)
+    assert (wanted.agreement_id, wanted.owner, ENVIRONMENT) == (job.agreement_id, job.owner, job.environment)
+    assert 32 == len(job.id) == len(bytes.fromhex(job.id)) * 2
+    assert (Status.WARMING_UP, None, False) == (job.status, job.finished, job.ended)
+    assert "waiting" in job.reason
+    assert [Status.WARMING_UP] == [transition.status for transition in job.history]
+    assert ("did:op:c", ("did:op:a", "did:op:b"), ("0x1", "0x2")) == (
+        job.algorithm_did,
+        job.input_dids,
+        job.whitelist,
+    )
+    assert (0.0, 1, ()) == (job.progress, job.stages, job.results)
+    assert job == await only(jobs.find(by_id(job)))
+
+
+async def test_a_repeat_is_the_same_job(jobs: Jobs) -> None:
+    """The same agreement and document again, however spelled, answers the job there is."""
+    agreement, owner = uuid4().hex, f"0x{uuid4().hex}"
+    first = await jobs.submit(document(agreement=agreement, owner=owner, output={"brizoUrl": "https://b"}))
+    second = await jobs.submit(
+        document(agreement=agreement, owner=owner, output={"brizoUri": "https://b"}, more={"colour": 1})
+    )
+    assert first == second
+    assert 1 == len(await jobs.find(JobQuery(agreement_id=agreement)))
+
+
+async def test_ten_at_once_are_one_job(jobs: Jobs) -> None:
+    """Ten requests at the same time leave one job."""
+    wanted = document()
+    taken = await asyncio.gather(*(jobs.submit(wanted) for _ in range(10)))
+    assert 1 == len({job.id for job in taken})
+    assert 1 == len(await jobs.find(JobQuery(agreement_id=wanted.agreement_id)))
+
+
+async def test_an_agreement_is_for_one_document(jobs: Jobs) -> None:
+    """Another document under an agreement in use is refused, and the job there is stays as it was."""
+    job = await jobs.submit(document())
+    for other in (
+        document(agreement=job.agreement_id, owner=job.owner, rawcode="print('other')"),
+        document(agreement=job.agreement_id),
+    ):
+        with pytest.raises(AgreementInUse):
+            await jobs.submit(other)
+    assert [job] == await jobs.find(JobQuery(agreement_id=job.agreement_id))
+
+
+async def test_two_documents_at_once_under_one_agreement(jobs: Jobs) -> None:
+    """Whichever of two documents comes first has the agreement, and all requests with the other are refused."""
+    agreement = uuid4().hex
+    wanted = [document(agreement=agreement, rawcode=code) for code in ("print(1)", "print(2)")]
+    answers = await asyncio.gather(*(jobs.submit(wanted[n % 2]) for n in range(8)), return_exceptions=True)
+    taken = [answer for answer in answers if isinstance(answer, Job)]
+    assert (4, 1) == (len(taken), len({job.id for job in taken}))
+    assert {Job, AgreementInUse} == {type(answer) for answer in answers}
+
+
+async def test_a_document_that_cannot_be_run(jobs: Jobs) -> None:
+    """A refused document leaves nothing behind: its agreement is free."""
+    agreement = uuid4().hex
+    with pytest.raises(InvalidWorkflow) as refusal:
+        await jobs.submit(document(agreement=agreement, rawcode="", compute={"Instances": 2}))
+    assert ["stages.0.algorithm", "stages.0.compute.Instances"] == [p.path for p in refusal.value.problems]
+    assert [] == await jobs.find(JobQuery(agreement_id=agreement))
+    await jobs.submit(document(agreement=agreement))
+
+
+async def test_a_large_document(jobs: Jobs) -> None:
+    """A megabyte of code that hardly compresses is taken in, repeated and deleted like any other."""
+    wanted = document(rawcode=large())
+    job = await jobs.submit(wanted)
+    assert job == await jobs.submit(wanted)
+    assert Status.DELETED is (await only(jobs.delete(by_id(job)))).status
+    assert [] == await jobs.find(by_id(job))
+
+
+def large() -> str:
+    return random.Random(1).randbytes(500_000).hex()
+
+
+# Finding.
+
+
+async def test_each_selector(jobs: Jobs) -> None:
+    """Id, agreement and owner each find what they name; together they must all hold."""
+    owner = f"0x{uuid4().hex}AB"
+    first, second = [await jobs.submit(document(owner=owner)) for _ in range(2)]
+    stranger = await jobs.submit(document())
+    for query, found in (
+        (JobQuery(job_id=first.id), [first]),
+        (JobQuery(agreement_id=second.agreement_id), [second]),
+        (JobQuery(owner=owner), [first, second]),
+        (JobQuery(owner=owner, agreement_id=first.agreement_id), [first]),
+        (JobQuery(owner=owner, job_id=second.id), [second]),
+        (JobQuery(job_id=first.id, agreement_id=first.agreement_id, owner=owner), [first]),
+        (JobQuery(job_id=first.id, agreement_id=second.agreement_id), []),
+        (JobQuery(job_id=first.id, owner=stranger.owner), []),
+        (JobQuery(agreement_id=first.agreement_id, owner=stranger.owner), []),
+        (JobQuery(job_id=uuid4().hex), []),
+        (JobQuery(agreement_id=first.agreement_id[:-1]), []),
+        (JobQuery(owner=owner[:-1]), []),
+    ):
+        assert [job.id for job in found] == [job.id for job in await jobs.find(query)], query
+
+
+async def test_owners_are_the_same_in_any_case(jobs: Jobs) -> None:
+    """Addresses compare without regard to case, agreements with."""
+    job = await jobs.submit(document(agreement=f"Abc{uuid4().hex}"))
+    for owner in (job.owner.upper(), job.owner.lower()):
+        assert [job] == await jobs.find(JobQuery(owner=owner))
+    assert [] == await jobs.find(JobQuery(agreement_id=job.agreement_id.lower()))
+    assert job.owner == (await only(jobs.find(by_id(job)))).owner
+
+
+@pytest.mark.parametrize("agreement", ["0x" + "a" * 198, "a b", "übereinkunft", "x:y,z", "a'b\"c%", "owner:0x1", "{}"])
+async def test_agreements_are_any_text(jobs: Jobs, agreement: str) -> None:
+    """An agreement is found by exactly what it is called, whatever signs are in it."""
+    job = await jobs.submit(document(agreement=agreement))
+    assert [job] == await jobs.find(JobQuery(agreement_id=agreement))
+    assert [] == await jobs.find(JobQuery(owner=agreement))
+    await jobs.delete(by_id(job))
+
+
+async def test_nothing_named_is_nothing_found(jobs: Jobs) -> None:
+    """A query that names nothing finds, stops and deletes nothing; it never means every job."""
+    job = await jobs.submit(document())
+    for query in (JobQuery(), JobQuery(job_id="", agreement_id="", owner="")):
+        assert ([], [], []) == (await jobs.find(query), await jobs.stop(query), await jobs.delete(query))
+    assert job == await only(jobs.find(by_id(job)))
+
+
+async def test_oldest_first(jobs: Jobs) -> None:
+    """Jobs come in the order they were taken in."""
+    owner = f"0x{uuid4().hex}"
+    taken = [(await jobs.submit(document(owner=owner))).id for _ in range(5)]
+    assert taken == [job.id for job in await jobs.find(JobQuery(owner=owner))]
+    assert taken == [job.id for job in await jobs.running() if job.owner == owner]
+
+
+# Stopping.
+
+
+async def test_a_waiting_job_is_stopped(jobs: Jobs) -> None:
+    """A job that waits is stopped at once, keeps the step it was in, and no longer counts as running."""
+    job = await jobs.submit(document())
+    stopped = await only(jobs.stop(by_id(job)))
+    assert (Status.STOPPED, Status.WARMING_UP, True) == (stopped.status, stopped.stopped_in, stopped.ended)
+    assert stopped.finished is not None and stopped.finished >= job.created
+    assert "stopped on request" == stopped.reason
+    assert [Status.WARMING_UP, Status.STOPPED] == [transition.status for transition in stopped.history]
+    assert stopped == await only(jobs.find(by_id(job)))
+    assert job.id not in [each.id for each in await jobs.running()]
+
+
+async def test_a_stop_can_be_seen(jobs: Jobs) -> None:
+    """``stopreq`` tells that a job did not end by itself."""
+    job = await jobs.submit(document())
+    assert 0 == job.stop_request
+    assert 1 == (await only(jobs.stop(by_id(job)))).stop_request
+
+
+async def test_stopping_again_changes_nothing(jobs: Jobs) -> None:
+    """A job that has ended stays as it ended, also when stopped by several at the same time."""
+    job = await jobs.submit(document())
+    await asyncio.gather(*(jobs.stop(by_id(job)) for _ in range(3)))
+    ended = await only(jobs.find(by_id(job)))
+    assert ended == await only(jobs.stop(by_id(job))) == await only(jobs.find(by_id(job)))
+
+
+async def test_a_stopped_job_keeps_its_agreement(jobs: Jobs) -> None:
+    """The same document again answers the stopped job; it is not started anew behind its owner's back."""
+    wanted = document()
+    job = await jobs.submit(wanted)
+    stopped = await only(jobs.stop(by_id(job)))
+    assert stopped == await jobs.submit(wanted)
+    with pytest.raises(AgreementInUse):
+        await jobs.submit(document(agreement=job.agreement_id))
+
+
+async def test_only_what_matches_is_stopped(jobs: Jobs) -> None:
+    """Stopping by owner ends all of an owner's jobs and nobody else's; a selector too many saves them."""
+    owner = f"0x{uuid4().hex}"
+    first, second = [await jobs.submit(document(owner=owner)) for _ in range(2)]
+    stranger = await jobs.submit(document())
+    assert [] == await jobs.stop(JobQuery(job_id=first.id, owner=stranger.owner))
+    assert [Status.STOPPED] * 2 == [job.status for job in await jobs.stop(JobQuery(owner=owner.upper()))]
+    assert Status.WARMING_UP is (await only(jobs.find(by_id(stranger)))).status
+    assert {first.id, second.id}.isdisjoint(job.id for job in await jobs.running())
+
+
+# Deleting.
+
+
+@pytest.mark.parametrize("stopped_first", [False, True])
+async def test_a_deleted_job_is_unknown(jobs: Jobs, stopped_first: bool) -> None:
+    """Deleting answers the job one last time, as deleted; afterwards nothing knows it."""
+    job = await jobs.submit(document())
+    if stopped_first:
+        await jobs.stop(by_id(job))
+    deleted = await only(jobs.delete(by_id(job)))
+    assert (job.id, Status.DELETED, Status.WARMING_UP) == (deleted.id, deleted.status, deleted.stopped_in)
+    assert deleted.removed and deleted.finished is not None and deleted.reason
+    assert Status.DELETED is deleted.history[-1].status
+    for query in (by_id(job), JobQuery(agreement_id=job.agreement_id), JobQuery(owner=job.owner)):
+        assert ([], [], []) == (await jobs.find(query), await jobs.stop(query), await jobs.delete(query))
+    with pytest.raises(JobNotFound):
+        await jobs.read(job.id, 0, 0, 1)
+
+
+async def test_a_deleted_job_frees_its_agreement(jobs: Jobs) -> None:
+    """After a deletion the agreement takes any document, as a job of its own."""
+    job = await jobs.submit(document())
+    await jobs.delete(by_id(job))
+    other = await jobs.submit(document(agreement=job.agreement_id, rawcode="print('other')"))
+    assert job.id != other.id
+    assert [other] == await jobs.find(JobQuery(agreement_id=job.agreement_id))
+
+
+async def test_only_what_matches_is_deleted(jobs: Jobs) -> None:
+    """Jobs of other owners survive a deletion."""
+    mine, other = await jobs.submit(document()), await jobs.submit(document())
+    assert [] == await jobs.delete(JobQuery(job_id=other.id, owner=mine.owner))
+    assert [mine.id] == [job.id for job in await jobs.delete(JobQuery(owner=mine.owner))]
+    assert other == await only(jobs.find(by_id(other)))
+
+
+# Environments and results.
+
+
+async def test_what_is_on_offer(jobs: Jobs) -> None:
+    """Environments come in the order of their ids, with what is on offer in each."""
+    states = await jobs.environments()
+    ids = [state.offer.id for state in states]
+    assert sorted(ids) == ids
+    assert ENVIRONMENT in ids
+    assert all(state.running >= 0 and state.waiting >= 0 and state.offer.max_jobs > 0 for state in states)
+
+
+@pytest.mark.parametrize("index", [0, 7, -1])
+async def test_a_result_that_is_not_there(jobs: Jobs, index: int) -> None:
+    """A job without results has no result of any number, and a job nobody knows has none either."""
+    job = await jobs.submit(document())
+    with pytest.raises(NoSuchResult):
+        await jobs.read(job.id, index, 0, 1)
+    with pytest.raises(JobNotFound):
+        await jobs.read(uuid4().hex, index, 0, 1)
+
+
+# Only over Prefect.
+
+
+@pytest.mark.server
+async def test_a_job_outlives_who_took_it_in(prefect_jobs: PrefectJobs, prefect_server: PrefectServer) -> None:
+    """What one instance took in, another one knows: nothing is kept but in Prefect."""
+    job = await prefect_jobs.submit(document())
+    async with over_prefect(prefect_server) as others:
+        assert [job] == await others.find(by_id(job))
+        await others.delete(by_id(job))
+    assert [] == await prefect_jobs.find(by_id(job))
+
+
+@pytest.mark.server
+async def test_ten_instances_at_once_are_one_job(prefect_server: PrefectServer) -> None:
+    """Nor does it matter which instance a request reaches: Prefect's database decides."""
+    wanted = document()
+
+    async def submit() -> str:
+        async with over_prefect(prefect_server) as instance:
+            return (await instance.submit(wanted)).id
+
+    assert 1 == len(set(await asyncio.gather(*(submit() for _ in range(10)))))
+
+
+def full_of_secrets(code: str = "") -> Workflow:
+    return document(
+        input=[data("a", f"https://{MARKER}.example/a?token={MARKER}")],
+        url=f"https://a.example/{MARKER}",
+        rawcode=f"# {MARKER}\n{code}",
+        algorithm={
+            "algouserdata": {"token": MARKER, MARKER: 1},
+            "algocustomdata": [MARKER],
+            "envs": {"TOKEN": MARKER},
+        },
+    )
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("code", ["", "large"], ids=["in parameters", "in the store"])
+async def test_no_secret_reaches_prefect(prefect_jobs: PrefectJobs, prefect_server: PrefectServer, code: str) -> None:
+    """Neither Prefect's database nor its API shows a word of URLs, code, user data or variables."""
+    job = await prefect_jobs.submit(full_of_secrets(large() if code else ""))
+    shown = httpx.get(f"{prefect_server.api}/flow_runs/{UUID(job.id)}").raise_for_status().text
+    stored = b"".join(path.read_bytes() for path in prefect_server.database.parent.glob("prefect.db*"))
+    assert job.agreement_id in shown and job.agreement_id.encode() in stored
+    assert MARKER not in shown
+    assert MARKER.encode() not in stored
+    assert not [path for path in state_folder().rglob("*") if path.is_file() and MARKER.encode() in path.read_bytes()]
+    await prefect_jobs.delete(by_id(job))
+
+
+async def sealed_of(server: PrefectServer, job: Job) -> Any:
+    """What a worker opens for this job, read where it would read it."""
+    async with PrefectClient(server.api) as client:
+        parameters = (await client.read_flow_run(UUID(job.id))).parameters
+    seal = Seal.from_file(server.key_file)
+    if "stored_in" not in parameters:
+        return seal.open(parameters["sealed"])
+    (file,) = stored(parameters["sealed"])
+    return seal.open(file.read_text())
+
+
+def stored(name: str) -> list[Path]:
+    return [path for path in state_folder().rglob("*") if path.is_file() and name in str(path)]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("code", ["print('small')", large()], ids=["small", "large"])
+async def test_a_worker_opens_what_was_taken_in(
+    prefect_jobs: PrefectJobs, prefect_server: PrefectServer, code: str
+) -> None:
+    """What is sealed for a worker is the document, and stays it when another one is refused under its agreement."""
+    wanted = document(rawcode=code)
+    job = await prefect_jobs.submit(wanted)
+    assert wanted == parse_workflow(await sealed_of(prefect_server, job))
+    with pytest.raises(AgreementInUse):
+        await prefect_jobs.submit(document(agreement=job.agreement_id, owner=job.owner, rawcode=f"{code}#"))
+    assert wanted == parse_workflow(await sealed_of(prefect_server, job))
+
+
+@pytest.mark.server
+async def test_nothing_is_left_of_large_documents(prefect_jobs: PrefectJobs) -> None:
+    """A document kept in the store goes with its job, and one that was refused leaves none there."""
+
+    def files() -> set[Path]:
+        return {path for path in state_folder().rglob("*") if path.is_file()}
+
+    before = files()
+    job = await prefect_jobs.submit(document(rawcode=large()))
+    assert 1 == len(files() - before)
+    with pytest.raises(AgreementInUse):
+        await prefect_jobs.submit(document(agreement=job.agreement_id, rawcode=f"{large()}#"))
+    assert 1 == len(files() - before)
+    await prefect_jobs.delete(by_id(job))
+    assert before == files()
+
+
+@pytest.mark.server
+async def test_without_a_server(tmp_path: Path) -> None:
+    """A Prefect server that cannot be reached is told as such, not as a traceback."""
+    create_key_file(tmp_path / "key")
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
+        async with get_client() as client:
+            away = PrefectJobs(client, Seal.from_file(tmp_path / "key"))
+            for call in (
+                away.submit(document()),
+                away.find(JobQuery(owner="0x1")),
+                away.running(),
+                away.environments(),
+            ):
+                with pytest.raises(NotReady):
+                    await call

@@ -1,0 +1,76 @@
+"""Why a job is where it is: each case a sentence its consumer can act on."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import pytest
+
+from flows.jobs import EnvironmentState
+from flows.reasons import SILENT_AFTER, why_ended, why_live, why_waiting
+from flows.status import TERMINAL, Status
+from tests.documents import offer
+
+NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def environment(*, running: int = 0, seen: float | None = 1.0) -> EnvironmentState:
+    """With two slots and a worker that reported *seen* seconds ago."""
+    last = None if seen is None else NOW - timedelta(seconds=seen)
+    return EnvironmentState(offer=offer("withgpu", max_jobs=2), running=running, waiting=1, last_seen=last)
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (None, "waiting for a worker"),
+        (environment(seen=None), "waiting for a worker: none has ever reported for `withgpu`"),
+        (environment(seen=100), "waiting for a worker: none has reported for `withgpu` for 100 s"),
+        (environment(seen=100, running=2), "waiting for a worker: none has reported for `withgpu` for 100 s"),
+        (environment(running=2), "waiting for a free slot: 2 of 2 jobs are running in `withgpu`"),
+        (environment(running=3), "waiting for a free slot: 3 of 2 jobs are running in `withgpu`"),
+        (environment(running=1), "waiting to be picked up by a worker"),
+        (environment(seen=SILENT_AFTER), "waiting to be picked up by a worker"),
+    ],
+)
+def test_why_a_job_waits(found: EnvironmentState | None, sentence: str) -> None:
+    """No worker comes before no slot: with nobody there, a free slot helps nothing."""
+    assert sentence == why_waiting(found, NOW)
+
+
+@pytest.mark.parametrize("status", sorted(set(Status) - TERMINAL))
+def test_every_living_status_has_a_reason(status: Status) -> None:
+    """No status of a job in progress is without a cause."""
+    assert why_live(status)
+    assert why_live(status) == why_live(status, seconds=None, fetching="")
+
+
+def test_how_far_a_fetch_is() -> None:
+    """While inputs are fetched, the reason is how far they are; at no other time."""
+    assert "Inputs of stage 0: 1 of 3 files" == why_live(
+        Status.CONFIGURING, fetching="Inputs of stage 0: 1 of 3 files", seconds=60
+    )
+    assert "files" not in why_live(Status.FILTERING, fetching="Inputs of stage 0: 3 of 3 files")
+
+
+def test_how_long_an_algorithm_has() -> None:
+    """While the algorithm runs, the reason says how much time it has at most; at no other time."""
+    assert "the algorithm is running; it has 90 s at most" == why_live(Status.RUNNING, seconds=90.0, fetching="x")
+    assert "90" not in why_live(Status.PUBLISHING, seconds=90.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "stage", "stages", "sentence"),
+    [
+        (Status.COMPLETED, "", 0, 1, "all stages are done and published"),
+        (Status.STOPPED, "anything", 1, 2, "stopped on request"),
+        (Status.RUN_FAILED, "exit code 3", 0, 1, "exit code 3; see the algorithm's log"),
+        (Status.RUN_FAILED, "timed out", 1, 2, "stage 1: timed out; see the algorithm's log"),
+        (Status.DATA_FAILED, "input a, URL 0: 404", 0, 2, "stage 0: input a, URL 0: 404"),
+        (Status.WITHHELD, "too large", None, 2, "too large"),
+    ],
+)
+def test_why_a_job_has_ended(status: Status, message: str, stage: int | None, stages: int, sentence: str) -> None:
+    """The message, in which stage where there are several, and where to look next."""
+    assert sentence == why_ended(status, message, stage=stage, stages=stages)
