@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.client.schemas.objects import BlockDocument
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.types import SecretDict
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from blocks.limits import Offer
 from blocks.process import ProcessRunner
@@ -65,6 +65,12 @@ class ComputeEnvironment(Block):
         default=SecretDict({}),
         description="Options and credentials for fetching inputs, by URL scheme, as fsspec takes them.",
     )
+
+    @model_validator(mode="after")
+    def _offers_what_its_runner_has(self) -> Self:
+        if self.runner == "process" and self.offer.limits.gpus:
+            raise ValueError("a sandboxed process has no GPU; offer none, or choose another runner")
+        return self
 
     def make_runner(self) -> Runner:
         """The runner that shuts this environment's algorithms in."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from blocks.environment import state_folder
 from blocks.process import ProcessRunner
 from cli.demo import DemoFailed, run_demo
-from cli.service import ROOT, CannotStart, Service, wait_for_interrupt
+from cli.service import ROOT, CannotStart, Service, interruptible, wait_for_interrupt
 from flows.environments import read_definitions
 from flows.errors import InvalidWorkflow
 from flows.plan import compile_plan
@@ -116,4 +116,5 @@ def sandbox_line() -> str:
 
 
 def main() -> None:
+    interruptible()
     sys.exit(app())

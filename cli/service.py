@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Service:
     Args:
         state: Folder of everything that is kept. One service at a time.
         variables: Further environment variables for every part, for example ``C2D_NETWORKS``.
-        definitions: The prefect.yaml to deploy; each of its work pools gets a worker.
+        definitions: The prefect.yaml to deploy; each of its work pools for processes gets a worker.
         api_port, prefect_port: 0 for any free one.
         say: Told one line per step of the start.
     """
@@ -160,7 +161,7 @@ class Service:
         resumed = self._hand_back()
         if resumed:
             self.say(f"{resumed} job(s) in flight at the last stop go on")
-        for pool in sorted({block.work_pool for block in read_definitions(self.definitions)}):
+        for pool in sorted({b.work_pool for b in read_definitions(self.definitions) if b.work_pool_type == "process"}):
             self.say(f"worker of work pool {pool}")
             self._launch(
                 f"worker-{pool}",
@@ -220,8 +221,9 @@ class Service:
     def _launch(self, name: str, command: list[str]) -> None:
         log = self.state / "logs" / f"{name}.log"
         output: IO[bytes] = self._stack.enter_context(log.open("ab"))
-        # If this process is killed outright, nothing may be left behind: the kernel ends each part for us.
-        guarded = ["setpriv", "--pdeathsig", "TERM", "--", *command]
+        # If this process is killed outright, nothing may be left behind: the kernel ends each part for us. And a
+        # shell that starts us in the background has SIGINT ignored, which a worker would inherit and never stop.
+        guarded = ["env", "--default-signal=INT", "setpriv", "--pdeathsig", "TERM", "--", *command]
         process = subprocess.Popen(
             guarded,
             cwd=ROOT,
@@ -292,12 +294,17 @@ class Service:
         return handed_back
 
 
+def interruptible() -> None:
+    """SIGTERM ends this program as Ctrl-C does; so does SIGINT where a shell started it with SIGINT ignored."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def wait_for_interrupt(service: Service) -> Part | None:
     """Block until Ctrl-C or SIGTERM (None), or until a part has ended by itself (that part)."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while (failed := service.failed_part()) is None:
-            signal.sigtimedwait([], 0.5)
+            time.sleep(0.5)
         return failed
     except KeyboardInterrupt:
         return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, cast
 from uuid import UUID
 
-from prefect import Task, task
+from prefect import Task, allow_failure, task
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -29,6 +29,7 @@ from blocks.limits import MIB
 from blocks.runner import Ending, ExitReport, Image
 from blocks.store import Kind
 from flows.plan import Plan, PlannedStage, Step, folder_name
+from flows.states import SKIPPED
 from flows.status import Phase, Status
 from tasks.execute import execute_algorithm
 from tasks.provision import (
@@ -72,7 +73,8 @@ class Site:
         return stage_workspace(self.environment.workspace_root(), self.job_id, self.stage.index)
 
 
-Upstream = Sequence[StageResult]
+Upstream = Sequence[StageResult | Exception]
+"""What the stages before have come to; an exception stands for one that failed or was skipped."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -128,8 +130,10 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
 
 
 @task(cache_policy=NO_CACHE)
-def run_algorithm(site: Site, inputs: Sequence[FetchedFile], algorithm: FetchedFile) -> Any:
+def run_algorithm(site: Site, inputs: Sequence[FetchedFile] | Exception, algorithm: FetchedFile | Exception) -> Any:
     """Run the algorithm of a stage, shut in. A failing algorithm is a result, not an error of this task."""
+    if isinstance(inputs, Exception) or isinstance(algorithm, Exception):
+        return _skipped_after_failure()
     stage, environment = site.stage, site.environment
     site.workspace.configuration_log.write_text(configuration_log(inputs, algorithm))
     report = execute_algorithm(
@@ -154,8 +158,10 @@ def run_algorithm(site: Site, inputs: Sequence[FetchedFile], algorithm: FetchedF
 
 
 @task(cache_policy=NO_CACHE)
-def filter_results(site: Site, report: ExitReport) -> FilterReport:
+def filter_results(site: Site, report: ExitReport | Exception) -> Any:
     """Decide which outputs may leave. Outputs of a failed algorithm never do; its log does."""
+    if isinstance(report, Exception):
+        return _skipped_after_failure()
     workspace, limits = site.workspace, site.environment.offer.filter
     verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits)
     workspace.filtering_log.write_text(str(verdict))
@@ -168,8 +174,10 @@ def filter_results(site: Site, report: ExitReport) -> FilterReport:
 
 
 @task(cache_policy=NO_CACHE)
-def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> Any:
+def publish_results(site: Site, report: ExitReport | Exception, verdict: FilterReport | Exception) -> Any:
     """Put what may leave, and the logs, into the result store."""
+    if isinstance(report, Exception) or isinstance(verdict, Exception):
+        return _skipped_after_failure()
     stage, workspace = site.stage, site.workspace
     result = _judge(report, verdict)
     try:
@@ -219,10 +227,18 @@ def _sentence(report: ExitReport) -> str:
 
 
 def _skipped(upstream: Upstream) -> State[None] | None:
-    """A stage is not begun after one that failed; its steps end as cancelled, so do those that wait for them."""
-    if all(result.ok for result in upstream):
+    """A stage is not begun after one that did not complete."""
+    if all(isinstance(result, StageResult) and result.ok for result in upstream):
         return None
-    return Cancelled(name="Skipped", message="a stage this one depends on failed")
+    return _skipped_after_failure()
+
+
+def _skipped_after_failure() -> State[None]:
+    """
+    The end of a step whose turn never came. It ends by itself, as cancelled: Prefect would leave a task whose
+    upstream failed in a pending state for ever, which the UI draws as a task that runs to this day.
+    """
+    return Cancelled(name=SKIPPED, message="a step before this one failed")
 
 
 TASK_FOR: Final[Mapping[Phase, Task[..., Any]]] = {
@@ -271,7 +287,7 @@ def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironm
             .submit(
                 site,
                 **_handed_on(step, futures),
-                wait_for=[futures[name] for name in step.after],
+                wait_for=[allow_failure(futures[name]) for name in step.after],
             )
         )
     for future in futures.values():
@@ -281,17 +297,21 @@ def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironm
 
 
 def _handed_on(step: Step, futures: Futures) -> dict[str, Any]:
-    """What a step gets from the steps before it: the futures, which Prefect resolves to their values."""
-    before = {name.split("/", 1)[1]: futures[name] for name in step.after}
+    """
+    What a step gets from the steps before it: futures, which Prefect resolves to values, or to the exception that
+    stands for a failure.
+    """
+    before = {name.split("/", 1)[1]: allow_failure(futures[name]) for name in step.after}
     match step.phase:
         case Phase.DATA | Phase.ALGORITHM:
-            return {"upstream": [futures[name] for name in step.after]}
+            return {"upstream": [allow_failure(futures[name]) for name in step.after]}
         case Phase.RUN:
             return {"inputs": before[Phase.DATA], "algorithm": before[Phase.ALGORITHM]}
         case Phase.FILTER:
             return {"report": before[Phase.RUN]}
         case Phase.PUBLISH:
-            return {"report": futures[f"{step.stage}/{Phase.RUN}"], "verdict": before[Phase.FILTER]}
+            run = allow_failure(futures[f"{step.stage}/{Phase.RUN}"])
+            return {"report": run, "verdict": before[Phase.FILTER]}
 
 
 def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:

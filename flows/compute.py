@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -70,11 +71,18 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     get_run_logger().info("plan\n%s", plan)
     if obstacle := _obstacle(plan, environments):
         return ended_state(Status.RUN_FAILED, f"refused: {obstacle}")
+    roots = {environments[stage.environment].workspace_root() for stage in plan.stages}
+    # What a run that was cut off left is half written; this one begins anew.
+    _remove(roots, job_id)
     result = run_plan(plan, job_id, environments)
     # Only here: a run that is stopped or ends by a bug keeps its folder, for a restart or for a look at it.
-    for environment in {stage.environment for stage in plan.stages}:
-        remove_job(environments[environment].workspace_root(), job_id)
+    _remove(roots, job_id)
     return ended_state(result.status, result.message)
+
+
+def _remove(roots: Iterable[Path], job_id: str) -> None:
+    for root in roots:
+        remove_job(root, job_id)
 
 
 def _obstacle(plan: Plan, environments: dict[str, ComputeEnvironment]) -> str | None:

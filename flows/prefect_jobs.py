@@ -276,8 +276,9 @@ class PrefectJobs(Jobs):
         for run in runs:
             job = self._ended.get(_key(run))
             if job is None:
-                job = _job_of(run, steps_of(steps.get(run.id, ())), fetches, environments)
-                if _may_have_results(job, steps_of(steps.get(run.id, ()))):
+                job = _job_of(run, steps_of(steps.get(run.id, ()), of=run.state), fetches, environments)
+                if job.ended:
+                    # Not before: while stages are still publishing, indexes would shift under the consumer.
                     job = replace(job, results=await self._results(job))
                 if job.finished and (datetime.now(UTC) - job.finished).total_seconds() > SETTLED:
                     self._ended[_key(run)] = job
@@ -385,11 +386,6 @@ def _created(record: FlowRun | Artifact) -> datetime:
 def _chunks(ids: Sequence[UUID], size: int) -> Iterator[Sequence[UUID]]:
     for start in range(0, len(ids), size):
         yield ids[start : start + size]
-
-
-def _may_have_results(job: Job, steps: Steps) -> bool:
-    published = (stage.get(Phase.PUBLISH) for stage in steps.values())
-    return job.ended or any(run is not None and run.state is not None and run.state.is_completed() for run in published)
 
 
 def _job_of(

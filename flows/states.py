@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from prefect.client.schemas.objects import State, StateType, TaskRun
 
@@ -35,15 +35,29 @@ def ended_state(status: Status, message: str) -> State[None]:
     return State(type=kind, name=TEXT[status], message=message)
 
 
+SKIPPED: Final = "Skipped"
+"""Name of the state of a step whose turn never came, because one before it failed."""
+
+
 Steps = Mapping[int, Mapping[Phase, TaskRun]]
-"""The latest task run of every step, by stage and phase."""
+"""The latest task run of every step whose turn came, by stage and phase."""
 
 
-def steps_of(task_runs: Iterable[TaskRun]) -> Steps:
-    """The steps among *task_runs*. A run that was taken up again has several of one step: the latest counts."""
+def steps_of(task_runs: Iterable[TaskRun], *, of: State[Any] | None = None) -> Steps:
+    """
+    The steps among *task_runs* of a flow run in the state *of*.
+
+    A run that was taken up again has several of one step: the latest counts. Prefect records task runs a moment
+    behind their flow run, so after an end that the flow itself has told, a step still said to be running has
+    ended too, and how is not known yet: it is left out.
+    """
+    told = of is not None and of.is_final() and of.name in BY_TEXT
     steps: dict[int, dict[Phase, TaskRun]] = {}
     for run in sorted(task_runs, key=lambda run: run.created.timestamp() if run.created else 0.0):
-        if found := _STEP_NAME.match(run.name):
+        found = _STEP_NAME.match(run.name)
+        skipped = run.state is not None and run.state.name == SKIPPED
+        lagging = told and not (run.state is not None and run.state.is_final())
+        if found and not skipped and not lagging:
             steps.setdefault(int(found[1]), {})[Phase(found[2])] = run
     return steps
 

@@ -38,8 +38,6 @@ def test_every_refusal_can_be_told_apart() -> None:
     assert {kind.http for kind in found} <= {400, 401, 403, 404, 409, 410, 413, 415, 429, 503}
 
 
-
-
 def test_every_status_has_a_text() -> None:
     """No code goes out without its text."""
     assert set(Status) == set(TEXT)

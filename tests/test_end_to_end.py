@@ -466,7 +466,7 @@ def test_environments_are_listed(consumer: Consumer) -> None:
     """Every environment, in both spellings, with the truth about its workers."""
     listed = {e["id"]: e for e in consumer.http.get(f"{OPERATOR}/environments").json()}
     assert {"default", "withgpu", "tight", "unattended"} == set(listed)
-    assert (1, 1) == (listed["withgpu"]["nGPU"], listed["withgpu"]["gpuNumber"])
+    assert (1, 1) == (listed["withgpu"]["nCPU"], listed["withgpu"]["cpuNumber"])
     assert listed["default"]["lastSeen"] and not listed["unattended"]["lastSeen"]
 
 

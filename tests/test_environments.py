@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import uuid4
 
 import httpx
@@ -54,9 +54,7 @@ def test_what_this_checkout_offers() -> None:
 @pytest.mark.parametrize("path", [ROOT / "prefect.yaml", DEFINITIONS], ids=["ours", "of the tests"])
 def test_every_environment_is_deployed(path: Path) -> None:
     """An environment that is on offer has a deployment of its name, on its own pool."""
-    deployments = {
-        each["name"]: each["work_pool"]["name"] for each in yaml.safe_load(path.read_text())["deployments"]
-    }
+    deployments = {each["name"]: each["work_pool"]["name"] for each in yaml.safe_load(path.read_text())["deployments"]}
     for environment in read_definitions(path):
         assert environment.work_pool == deployments[environment.offer.id]
 
@@ -173,7 +171,11 @@ def test_credentials_of_a_store_are_kept_secret(
 ) -> None:
     """Options of a store are there for who needs them, and neither in the API's plain answer nor in the database."""
     first, second = names
-    secret = {"results": "s3://bucket", "results_options": {"key": MARKER}, "fetch_options": {"s3": {"key": MARKER}}}
+    secret: dict[str, Any] = {
+        "results": "s3://bucket",
+        "results_options": {"key": MARKER},
+        "fetch_options": {"s3": {"key": MARKER}},
+    }
     register_from(written(tmp_path, one(first, **secret), one(second)))
     block = load_environments_sync(client)[first]
     assert {"key": MARKER} == dict(block.store().storage_options)

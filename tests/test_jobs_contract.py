@@ -396,7 +396,8 @@ def full_of_secrets(code: str = "") -> Workflow:
 async def test_no_secret_reaches_prefect(prefect_jobs: PrefectJobs, prefect_server: PrefectServer, code: str) -> None:
     """Neither Prefect's database nor its API shows a word of URLs, code, user data or variables."""
     job = await prefect_jobs.submit(full_of_secrets(large() if code else ""))
-    shown = httpx.get(f"{prefect_server.api}/flow_runs/{UUID(job.id)}").raise_for_status().text
+    async with httpx.AsyncClient(base_url=prefect_server.api) as http:
+        shown = (await http.get(f"/flow_runs/{UUID(job.id)}")).raise_for_status().text
     stored = b"".join(path.read_bytes() for path in prefect_server.database.parent.glob("prefect.db*"))
     assert job.agreement_id in shown and job.agreement_id.encode() in stored
     assert MARKER not in shown

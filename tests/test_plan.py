@@ -364,9 +364,7 @@ def test_the_steps_of_a_stage() -> None:
 
 def test_stages_meet_where_they_depend_on_each_other() -> None:
     """Independent stages share no wait; one that depends on both begins once both have published."""
-    after = {
-        step.name: step.after for step in planned(stage(0), stage(1, after=[]), stage(2, after=[0, 1])).steps
-    }
+    after = {step.name: step.after for step in planned(stage(0), stage(1, after=[]), stage(2, after=[0, 1])).steps}
     assert () == after["0/provision-data"] == after["1/provision-data"]
     assert () == after["0/provision-algorithm"] == after["1/provision-algorithm"]
     assert ("0/publish", "1/publish") == after["2/provision-data"] == after["2/provision-algorithm"]
@@ -524,10 +522,12 @@ ANYTHING: Final = st.recursive(
     max_leaves=4,
 )
 KEYS: Final = (
-    "agreementId owner stages index input compute algorithm output dependsOn id url remote stage Instances namespace "
-    "maxtime resources cpu ram disk gpu rawcode container image tag checksum entrypoint algouserdata algocustomdata "
-    "envs publishoutput whitelist metadata txId userdata"
-).split()
+    *("agreementId", "owner", "stages", "index", "input", "compute", "algorithm", "output", "dependsOn"),
+    *("id", "url", "remote", "stage", "txId", "userdata"),
+    *("Instances", "namespace", "maxtime", "resources", "cpu", "ram", "disk", "gpu"),
+    *("rawcode", "container", "image", "tag", "checksum", "entrypoint", "algouserdata", "algocustomdata", "envs"),
+    *("publishoutput", "whitelist", "metadata"),
+)
 
 
 @st.composite
@@ -542,14 +542,14 @@ def spoiled(draw: st.DrawFn) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         part: Any = document
         while isinstance(part, dict | list) and part:
-            keys = sorted(part) if isinstance(part, dict) else list(range(len(part)))
-            key = draw(st.sampled_from(keys))
-            if not isinstance(part[key], dict | list) or draw(st.integers(0, 4)) == 0:
-                part[draw(st.sampled_from(KEYS)) if isinstance(part, dict) and draw(st.booleans()) else key] = draw(
-                    ANYTHING
-                )
+            named = isinstance(part, dict)
+            key: Any = draw(st.sampled_from(sorted(part) if named else range(len(part))))
+            inner: Any = part[key]
+            if not isinstance(inner, dict | list) or draw(st.integers(0, 4)) == 0:
+                place: Any = draw(st.sampled_from(KEYS)) if named and draw(st.booleans()) else key
+                part[place] = draw(ANYTHING)
                 break
-            part = part[key]
+            part = inner
     return document
 
 

@@ -26,12 +26,12 @@ from flows.jobs import StopRequest, Transition
 from flows.states import ended_state, live_status, run_status, steps_of, stop_request, transitions
 from flows.status import TERMINAL, Phase, Status
 
+AnyState = State[Any]
+
 START: Final = datetime(2026, 1, 1, tzinfo=UTC)
 DATA, ALGORITHM, RUN, FILTER, PUBLISH = Phase
-NOT_READY: Final = Pending(name="NotReady")
-SKIPPED: Final = Cancelled(name="Skipped", message="a stage this one depends on failed")
-
-AnyState = State[Any]
+NOT_READY: Final[AnyState] = Pending(name="NotReady")
+SKIPPED: Final[AnyState] = Cancelled(name="Skipped", message="a stage this one depends on failed")
 
 
 def at(seconds: float) -> datetime:
@@ -61,7 +61,7 @@ def task_run(
     )
 
 
-def stage_runs(index: int = 0, **states: AnyState) -> list[TaskRun]:
+def stage_runs(index: int, **states: AnyState) -> list[TaskRun]:
     """The steps of one stage; ``data=…, algorithm=…, run=…, filter=…, publish=…``."""
     return [task_run(f"{index}/{Phase[name.upper()]}", state) for name, state in states.items()]
 
@@ -95,6 +95,22 @@ def test_the_latest_task_run_of_a_step_counts() -> None:
     """After a restart a step has several task runs; the one made last is the step, whatever their order."""
     old, new = task_run("0/run", Crashed(), created=1), task_run("0/run", Running(), created=2)
     assert new is steps_of([old, new])[0][RUN] is steps_of([new, old])[0][RUN]
+
+
+def test_a_step_whose_turn_never_came_is_none() -> None:
+    """Steps skipped after a failure are left out: nothing ever happened in them."""
+    assert {0} == set(steps_of([*finished(0), *stage_runs(1, data=SKIPPED, algorithm=SKIPPED, run=SKIPPED)]))
+
+
+def test_steps_recorded_behind_their_run() -> None:
+    """Once the flow has told its end, a step still said to be running is left out; after a crash it counts."""
+    runs = stage_runs(0, data=Completed(), algorithm=Running())
+    ends: list[tuple[AnyState, set[Phase]]] = [
+        (ended_state(Status.DATA_FAILED, "why"), {DATA}),
+        (Crashed(), {DATA, ALGORITHM}),
+        (Running(), {DATA, ALGORITHM}),
+    ]
+    assert [phases for _, phases in ends] == [set(steps_of(runs, of=state)[0]) for state, _ in ends]
 
 
 # Status of a run.
@@ -148,8 +164,9 @@ def test_what_a_flow_returns_is_read_back(status: Status) -> None:
 )
 def test_a_run_in_progress(steps: dict[str, AnyState], status: Status) -> None:
     """While the flow lives, its steps say how far it is, also while it is being stopped."""
-    known = steps_of(stage_runs(**steps))
-    for state in (Running(), Cancelling()):
+    known = steps_of(stage_runs(0, **steps))
+    states: list[AnyState] = [Running(), Cancelling()]
+    for state in states:
         assert status is run_status(state, known)[0]
 
 
@@ -189,7 +206,8 @@ def test_between_two_stages() -> None:
 def test_a_run_that_died(steps: dict[str, AnyState], status: Status) -> None:
     """A run that ended without saying how failed in the step it was in: by a crash, or by a bug."""
     known = steps_of(stage_runs(2, **steps))
-    for state in (Crashed(message="process gone"), Failed(message="a bug")):
+    states: list[AnyState] = [Crashed(message="process gone"), Failed(message="a bug")]
+    for state in states:
         assert (status, 2) == run_status(state, known)
 
 
@@ -213,6 +231,7 @@ def test_a_stopped_run_tells_where_it_was() -> None:
         (Status.DATA_FAILED, {"data": Failed(name="Input unreachable"), "run": NOT_READY}),
         (Status.ALGORITHM_FAILED, {"data": Completed(), "algorithm": Failed(name="Algorithm unreachable")}),
         (Status.RUN_FAILED, {"run": Completed(name="Exit code 3"), "publish": Completed()}),
+        (Status.WITHHELD, {"run": Completed(), "filter": Completed(name="Withheld"), "publish": Completed()}),
         (Status.UPLOAD_FAILED, {"run": Completed(), "publish": Failed(name="Upload failed")}),
     ],
 )
@@ -227,7 +246,9 @@ def test_the_stage_a_job_failed_in(status: Status, failed: dict[str, AnyState]) 
 
 def test_a_completed_job_is_in_its_last_stage() -> None:
     """A job that is done shows its last stage."""
-    assert (Status.COMPLETED, 4) == run_status(ended_state(Status.COMPLETED, ""), steps_of([*finished(4), *finished(1)]))
+    assert (Status.COMPLETED, 4) == run_status(
+        ended_state(Status.COMPLETED, ""), steps_of([*finished(4), *finished(1)])
+    )
 
 
 # What no poll may have seen.
@@ -280,7 +301,11 @@ def test_what_failed_was_not_provisioned() -> None:
         (Running(), Status.RUNNING, StopRequest.NONE),
         (Cancelling(), Status.RUNNING, StopRequest.STOP),
         (Cancelled(), Status.STOPPED, StopRequest.STOP),
-        (ended_state(Status.RUN_FAILED, "timed out: it ran longer than 60 s"), Status.RUN_FAILED, StopRequest.TIMED_OUT),
+        (
+            ended_state(Status.RUN_FAILED, "timed out: it ran longer than 60 s"),
+            Status.RUN_FAILED,
+            StopRequest.TIMED_OUT,
+        ),
         (ended_state(Status.RUN_FAILED, "exit code 3"), Status.RUN_FAILED, StopRequest.NONE),
         (ended_state(Status.DATA_FAILED, "the server timed out"), Status.DATA_FAILED, StopRequest.NONE),
         (ended_state(Status.COMPLETED, ""), Status.COMPLETED, StopRequest.NONE),
