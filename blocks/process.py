@@ -41,6 +41,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import IO, Any, Final
 
 import psutil
@@ -207,7 +208,7 @@ def _carry_out(runner: ProcessRunner, execution: Execution, *, sandboxed: bool) 
                 raise
             began = time.monotonic()
             child.order(orders)
-            ending = _watch(child, folders, limits, groups, began + limits.seconds)
+            ending = _watch(child, folders, limits, groups, deadline=began + limits.seconds, stop=execution.stop)
             code = child.kill()
             seconds = time.monotonic() - began
             if ending is Ending.EXITED and groups.oom_kills():
@@ -228,6 +229,8 @@ def _detail(ending: Ending, limits: Limits) -> str:
             return f"ran out of its {_amount(limits.memory_bytes)} of memory"
         case Ending.DISK_FULL:
             return f"wrote more than its {_amount(limits.disk_bytes)} of disk"
+        case Ending.STOPPED:
+            return "was stopped on request"
         case _:
             return f"ran longer than its {limits.seconds:g} s"
 
@@ -686,14 +689,19 @@ def _sentence(said: bytes) -> str:
 # --- Limits that are watched ----------------------------------------------------------------------------------
 
 
-def _watch(child: _Child, folders: Folders, limits: Limits, groups: _Cgroups, deadline: float) -> Ending:
-    """Wait for the end or for a limit. Only at the deadline has the algorithm been asked to end."""
+def _watch(
+    child: _Child, folders: Folders, limits: Limits, groups: _Cgroups, *, deadline: float, stop: Event
+) -> Ending:
+    """Wait for the end or for a limit. Only at the deadline and on a stop has the algorithm been asked to end."""
     memory = _MemoryWatch(child, limits.memory_bytes)
     with closing(_DiskWatch(child, folders, limits.disk_bytes)) as disk:
         while not child.wait(min(TICK, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 child.ask_to_end(deadline + GRACE)
                 return Ending.TIMED_OUT
+            if stop.is_set():
+                child.ask_to_end(time.monotonic() + GRACE)
+                return Ending.STOPPED
             if groups.oom_kills() if groups.memory else memory.exceeded():
                 return Ending.OUT_OF_MEMORY
             if disk.full():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from threading import Event
 
 from blocks.limits import Limits
 
@@ -18,7 +19,10 @@ class Ending(StrEnum):
     """The entrypoint ended by itself; the code tells how."""
     TIMED_OUT = "timed out"
     OUT_OF_MEMORY = "out of memory"
+    """Also when only a child was ended for it and the entrypoint itself exited with 0."""
     DISK_FULL = "disk full"
+    STOPPED = "stopped"
+    """By ``Execution.stop``, after the processes were asked to end."""
     REFUSED = "refused"
     """Nothing was started: this runner cannot shut the algorithm in here."""
 
@@ -63,6 +67,8 @@ class Execution:
     variables: Mapping[str, str] = field(default_factory=dict)
     """Beside these the runner sets VOLUME, INPUTS, OUTPUTS, LOGS and ALGO to the paths as the algorithm sees them."""
     network: bool = False
+    stop: Event = field(default_factory=Event, compare=False)
+    """Setting it, from any thread, ends the run within a second."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ class Runner(ABC):
         """
         Run the algorithm to its end or to a limit, whichever comes first. Blocks.
 
-        Pre-state: every folder exists and belongs to the caller; ``transformations/algorithm`` is the program;
+        Pre-state: every folder exists and belongs to the caller, and their parent keeps other users out;
+        ``transformations/algorithm`` is the program;
         no other run has this name.
         Effect: stdout and stderr are in ``folders.log`` as they come, outputs in ``folders.outputs``.
         Post-state: no process of the run is alive, nothing the runner made outside the folders is left, and

@@ -94,7 +94,7 @@ def plan(workflow: Path, *, environments: Annotated[Path, Parameter()] = ROOT / 
     try:
         document = json.loads(workflow.read_text())
     except (OSError, ValueError) as fault:
-        _errors.print(f"{workflow}: cannot be read as JSON ({fault})", markup=False)
+        _errors.print(f"{workflow}: cannot be read as JSON ({fault})", markup=False, highlight=False, soft_wrap=True)
         return 1
     inner = document.get("workflow", document) if isinstance(document, dict) else document
     offers = {block.offer.id: block.offer for block in read_definitions(environments)}

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -22,7 +23,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.states import Cancelled, Completed, Failed
+from prefect.states import Completed, Failed
+from prefect.utilities.annotations import quote
 
 from blocks.environment import ComputeEnvironment
 from blocks.limits import MIB
@@ -66,22 +68,25 @@ class Site:
     job_id: str
     stage: PlannedStage = field(repr=False)
     environment: ComputeEnvironment = field(repr=False)
-    upstream: Mapping[int, Workspace] = field(default_factory=dict)
+    upstream: Mapping[int, Workspace] = field(default_factory=dict, repr=False)
+    stop: Event = field(default_factory=Event, repr=False)
+    """Set when this job is to end at once: nothing new is begun, what runs is ended."""
 
     @property
     def workspace(self) -> Workspace:
         return stage_workspace(self.environment.workspace_root(), self.job_id, self.stage.index)
 
 
-Upstream = Sequence[StageResult | Exception]
-"""What the stages before have come to; an exception stands for one that failed or was skipped."""
+# What a step gets from one before it that failed or was skipped is None or an exception, whatever it is declared to
+# be; every step asks before it begins.
+Upstream = Sequence[StageResult]
 
 
 @task(cache_policy=NO_CACHE)
 def provision_data(site: Site, upstream: Upstream) -> Any:
     """Fetch every input of a stage into its workspace, in parallel."""
-    if skipped := _skipped(upstream):
-        return skipped
+    if not _may_begin(site, upstream):
+        return _skipped()
     stage, workspace, limits = site.stage, site.workspace, site.environment.offer.fetch
     workspace.create()
     by_url = [
@@ -97,6 +102,7 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
                 limits,
                 storage_options=site.environment.storage_options(),
                 on_progress=report,
+                stop=site.stop,
             )
     except InputUnreachable as problem:
         return Failed(name="Input unreachable", message=str(problem))
@@ -112,8 +118,8 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
 @task(cache_policy=NO_CACHE)
 def provision_algorithm(site: Site, upstream: Upstream) -> Any:
     """Fetch or write the algorithm of a stage."""
-    if skipped := _skipped(upstream):
-        return skipped
+    if not _may_begin(site, upstream):
+        return _skipped()
     stage, workspace = site.stage, site.workspace
     workspace.create()
     try:
@@ -123,6 +129,7 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
             workspace.algorithm,
             site.environment.offer.fetch,
             storage_options=site.environment.storage_options(),
+            stop=site.stop,
         )
     except AlgorithmUnreachable as problem:
         return Failed(name="Algorithm unreachable", message=str(problem))
@@ -130,10 +137,10 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
 
 
 @task(cache_policy=NO_CACHE)
-def run_algorithm(site: Site, inputs: Sequence[FetchedFile] | Exception, algorithm: FetchedFile | Exception) -> Any:
+def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: FetchedFile) -> Any:
     """Run the algorithm of a stage, shut in. A failing algorithm is a result, not an error of this task."""
-    if isinstance(inputs, Exception) or isinstance(algorithm, Exception):
-        return _skipped_after_failure()
+    if not (isinstance(inputs, tuple) and isinstance(algorithm, FetchedFile)) or site.stop.is_set():
+        return _skipped()
     stage, environment = site.stage, site.environment
     site.workspace.configuration_log.write_text(configuration_log(inputs, algorithm))
     report = execute_algorithm(
@@ -148,6 +155,7 @@ def run_algorithm(site: Site, inputs: Sequence[FetchedFile] | Exception, algorit
         variables=stage.variables,
         limits=stage.limits,
         network=environment.offer.network,
+        stop=site.stop,
     )
     logger = get_run_logger()
     if report.ok:
@@ -158,10 +166,10 @@ def run_algorithm(site: Site, inputs: Sequence[FetchedFile] | Exception, algorit
 
 
 @task(cache_policy=NO_CACHE)
-def filter_results(site: Site, report: ExitReport | Exception) -> Any:
+def filter_results(site: Site, report: ExitReport) -> Any:
     """Decide which outputs may leave. Outputs of a failed algorithm never do; its log does."""
-    if isinstance(report, Exception):
-        return _skipped_after_failure()
+    if not isinstance(report, ExitReport) or site.stop.is_set():
+        return _skipped()
     workspace, limits = site.workspace, site.environment.offer.filter
     verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits)
     workspace.filtering_log.write_text(str(verdict))
@@ -170,14 +178,16 @@ def filter_results(site: Site, report: ExitReport | Exception) -> Any:
         markdown=f"```\n{verdict}\n```",
         description=f"What may leave stage {site.stage.index}",
     )
+    if not verdict.passed:
+        return Completed(name="Withheld", message="no output leaves; see the filter's report", data=verdict)
     return verdict
 
 
 @task(cache_policy=NO_CACHE)
-def publish_results(site: Site, report: ExitReport | Exception, verdict: FilterReport | Exception) -> Any:
+def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> Any:
     """Put what may leave, and the logs, into the result store."""
-    if isinstance(report, Exception) or isinstance(verdict, Exception):
-        return _skipped_after_failure()
+    if not (isinstance(report, ExitReport) and isinstance(verdict, FilterReport)) or site.stop.is_set():
+        return _skipped()
     stage, workspace = site.stage, site.workspace
     result = _judge(report, verdict)
     try:
@@ -226,19 +236,18 @@ def _sentence(report: ExitReport) -> str:
     return f"{start}: {report.detail}" if report.detail else start
 
 
-def _skipped(upstream: Upstream) -> State[None] | None:
-    """A stage is not begun after one that did not complete."""
-    if all(isinstance(result, StageResult) and result.ok for result in upstream):
-        return None
-    return _skipped_after_failure()
+def _may_begin(site: Site, upstream: Upstream) -> bool:
+    """A stage is not begun after one that did not complete, nor when the job is being stopped."""
+    return not site.stop.is_set() and all(isinstance(result, StageResult) and result.ok for result in upstream)
 
 
-def _skipped_after_failure() -> State[None]:
+def _skipped() -> State[None]:
     """
-    The end of a step whose turn never came. It ends by itself, as cancelled: Prefect would leave a task whose
-    upstream failed in a pending state for ever, which the UI draws as a task that runs to this day.
+    The end of a step whose turn never came. It ends by itself: Prefect would leave a task whose upstream failed in a
+    pending state for ever, which the UI draws as a task that runs to this day. It ends as completed: an ended step
+    of any other type makes Prefect log an error for each that waits for it.
     """
-    return Cancelled(name=SKIPPED, message="a step before this one failed")
+    return Completed(name=SKIPPED, message="a step before this one failed, or the job was stopped")
 
 
 TASK_FOR: Final[Mapping[Phase, Task[..., Any]]] = {
@@ -270,10 +279,12 @@ def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironm
         Exception: A bug in a task, as it was raised there.
     """
     futures: dict[str, PrefectFuture[Any]] = {}
+    stop = Event()
     for step in plan.steps:
         stage = plan.stage(step.stage)
         site = Site(
             job_id=job_id,
+            stop=stop,
             stage=stage,
             environment=environments[stage.environment],
             upstream={
@@ -285,13 +296,20 @@ def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironm
             TASK_FOR[step.phase]
             .with_options(name=step.name, task_run_name=step.name)
             .submit(
-                site,
+                # Quoted: nothing in it is a future, and Prefect would search all of it for one, task by task.
+                quote(site),
                 **_handed_on(step, futures),
                 wait_for=[allow_failure(futures[name]) for name in step.after],
             )
         )
-    for future in futures.values():
-        future.wait()
+    try:
+        for future in futures.values():
+            future.wait()
+    except BaseException:
+        # A stop arrives here, as what SIGTERM raises. Prefect then waits for the threads of the tasks, so those
+        # have to end.
+        stop.set()
+        raise
     results = [_stage_result(stage, futures) for stage in plan.stages]
     return next((result for result in results if result is not None and not result.ok), StageResult(Status.COMPLETED))
 
@@ -319,7 +337,7 @@ def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
     own = [futures[f"{stage.index}/{phase}"] for phase in Phase]
     for future in own:
         state = future.state
-        if state.is_cancelled():
+        if state.name == SKIPPED:
             return None
         if state.is_failed() and state.name in _EXPECTED:
             return StageResult(_EXPECTED[state.name], state.message or "")

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 from cachetools import LRUCache, TTLCache
@@ -52,7 +52,7 @@ from flows.plan import compile_plan
 from flows.reasons import RESUMING, STOPPING, why_ended, why_live, why_waiting
 from flows.sealing import Seal
 from flows.states import Steps, live_status, run_status, steps_of, stop_request, transitions
-from flows.status import Phase, Status
+from flows.status import BY_TEXT, Phase, Status
 from flows.workflow import Workflow
 from tasks.workspace import remove_job
 
@@ -114,7 +114,8 @@ class PrefectJobs(Jobs):
     Jobs of one Prefect server. Holds no state of its own but caches; any number of these can serve one server.
 
     Args:
-        client: Entered by the caller, for as long as this is used.
+        client: Entered by the caller, for as long as this is used. Waiting for the end of a run and loading of
+            blocks go by ``PREFECT_API_URL`` all the same, so it has to name the same server.
         seal: The service's key; the workers have the same.
         local_workers: The workers run on this machine, so that an environment which cannot shut an algorithm in
             is known before a job is taken, and a deleted job's folder can be removed from here.
@@ -143,7 +144,8 @@ class PrefectJobs(Jobs):
                 "summary": {**summary_of(plan, workflow), "fingerprint": fingerprint},
             }
             if len(sealed) > LARGEST_PARAMETER:
-                name = self._seal.fingerprint(plan.agreement_id.encode())[:32]
+                # A name of its own: what is refused because its agreement is in use must not replace what has it.
+                name = uuid4().hex
                 await asyncio.to_thread(environment.documents().put_bytes, name, DOCUMENT, sealed.encode("ascii"))
                 parameters |= {"sealed": name, "stored_in": environment.offer.id}
             run = await self._client.create_flow_run_from_deployment(
@@ -159,6 +161,8 @@ class PrefectJobs(Jobs):
                     _environment_tag(environment.offer.id),
                 ],
             )
+            if "stored_in" in parameters and run.parameters["sealed"] != parameters["sealed"]:
+                await asyncio.to_thread(environment.documents().delete_job, parameters["sealed"])
         if run.parameters["summary"]["fingerprint"] != fingerprint:
             raise AgreementInUse
         return (await self._jobs_of([run]))[0]
@@ -238,13 +242,17 @@ class PrefectJobs(Jobs):
     async def _remove(self, job: Job) -> None:
         """Everything a job left: first what it could still be reading or writing for, its record last."""
         run_id = UUID(job.id)
+        try:
+            parameters = (await self._client.read_flow_run(run_id)).parameters
+        except ObjectNotFound:
+            return
         if not job.ended:
             await self._client.set_flow_run_state(run_id, Cancelled(message="deleted on request"), force=True)
         block = (await self._blocks()).get(job.environment)
         if block is not None:
             await asyncio.to_thread(block.store().delete_job, job.id)
-            name = self._seal.fingerprint(job.agreement_id.encode())[:32]
-            await asyncio.to_thread(block.documents().delete_job, name)
+            if parameters.get("stored_in"):
+                await asyncio.to_thread(block.documents().delete_job, parameters["sealed"])
             if self._local_workers:
                 await asyncio.to_thread(remove_job, block.workspace_root(), job.id)
         try:
@@ -400,10 +408,11 @@ def _job_of(
     fetch = fetches.get((run.id, fetch_key(stage))) if stage is not None else None
     final = state is not None and state.is_final()
     environment = summary["environments"][0]
-    message = (state.message or "") if state is not None else ""
+    message = _told(state)
     created = _created(run)
     history = [Transition(Status.WARMING_UP, created)]
-    if run.start_time is not None:
+    # Prefect gives a start time also to a run that was cancelled before it began; such a one has run 0 times.
+    if run.start_time is not None and run.run_count:
         history.append(Transition(Status.STARTED, run.start_time))
     history.extend(transitions(steps))
     if final and state is not None:
@@ -431,7 +440,14 @@ def _job_of(
 
 
 def _before_the_end(steps: Steps, run: FlowRun) -> Status:
-    return live_status(steps)[0] if run.start_time is not None else Status.WARMING_UP
+    return live_status(steps)[0] if run.run_count else Status.WARMING_UP
+
+
+def _told(state: State[Any] | None) -> str:
+    """What the flow said of its end. After a bug it is Prefect that speaks, and quotes the exception: not told."""
+    if state is None or state.name in BY_TEXT:
+        return (state.message if state else None) or ""
+    return "an error inside the service; its operator finds the trace under this job's id"
 
 
 def _progress(steps: Steps, stages: int, fetch: Artifact | None) -> float:
@@ -457,7 +473,7 @@ def _reason(
     environment: EnvironmentState | None,
 ) -> str:
     if state is not None and state.is_final():
-        return why_ended(status, state.message or "", stage=stage, stages=len(summary["stages"]))
+        return why_ended(status, _told(state), stage=stage, stages=len(summary["stages"]))
     if state is not None and state.type is StateType.CANCELLING:
         return STOPPING
     if state is not None and state.name == "AwaitingRetry":

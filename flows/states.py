@@ -74,9 +74,9 @@ def stage_finished(steps: Mapping[Phase, TaskRun]) -> bool:
 
 def live_status(steps: Steps) -> tuple[Status, int | None]:
     """Status and stage of a run in progress: its least advanced stage that has begun and not finished."""
-    going = {index: stage for index, stage in steps.items() if not stage_finished(stage) and _begun(stage)} or {
-        index: stage for index, stage in steps.items() if _begun(stage)
-    }
+    begun = {index: stage for index, stage in steps.items() if _begun(stage)}
+    failed = {index: stage for index, stage in begun.items() if Outcome.FAILED in dict(outcomes(stage)).values()}
+    going = {index: stage for index, stage in begun.items() if not stage_finished(stage)} or failed or begun
     if not going:
         return Status.STARTED, None
     last = {index: status_of(outcomes(stage)) for index, stage in going.items()}

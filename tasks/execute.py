@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from threading import Event
 
 from blocks.limits import Limits
 from blocks.runner import Execution, ExitReport, Image, Runner
@@ -23,12 +24,13 @@ def execute_algorithm(
     variables: Mapping[str, str],
     limits: Limits,
     network: bool,
+    stop: Event,
 ) -> ExitReport:
     """
     Run the algorithm of *workspace* to its end or to a limit. Blocks for up to ``limits.seconds``.
 
     *dids* are the names of the input folders. *variables* are the consumer's own and cannot replace the
-    documented ones.
+    documented ones. Setting *stop* ends it within about half a second.
 
     Source: contract, section 4, "What the algorithm sees".
     """
@@ -46,5 +48,6 @@ def execute_algorithm(
                 "secret": secret,
             },
             network=network,
+            stop=stop,
         )
     )

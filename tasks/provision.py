@@ -26,6 +26,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, Final, TypeVar
 
 import aiohttp
@@ -50,6 +51,8 @@ CHUNK: Final = MIB // 2
 LONGEST_WAIT: Final = 30.0
 """Seconds between two tries, whatever Retry-After asks for."""
 SECONDS_BETWEEN_REPORTS: Final = 0.2
+STOP_TICK: Final = 0.25
+"""Seconds between two looks at whether to stop."""
 
 DID_PREFIX: Final = "did:op:"
 _MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}")
@@ -96,13 +99,15 @@ def fetch_inputs(
     *,
     storage_options: Mapping[str, Mapping[str, Any]] | None = None,
     on_progress: Progress | None = None,
+    stop: Event | None = None,
 ) -> tuple[FetchedFile, ...]:
     """
     Fetch every URL of every input at once into ``<into>/<id without "did:op:">/<n>``.
 
     n counts the URLs of an input from 0; inputs with the same id share a folder and the count goes on.
     *storage_options* are fsspec's, by scheme; http and https take none, because a header for every host would
-    be told to every host. *on_progress* is called in the calling thread, a few times a second at most.
+    be told to every host. *on_progress* is called in the calling thread, a few times a second at most. Setting
+    *stop*, from any thread, ends the fetching as a failure within a second.
     Blocks; runs an event loop of its own. Repeating it overwrites.
 
     File systems of fsspec that are not asynchronous run in threads: one that hangs is given up after
@@ -132,7 +137,7 @@ def fetch_inputs(
                 )
             )
             positions[name] += 1
-    outcome = _fetch_all(items, limits, storage_options or {}, _Ledger(limits.total_bytes, on_progress))
+    outcome = _fetch_all(items, limits, storage_options or {}, _Ledger(limits.total_bytes, on_progress), stop)
     if isinstance(outcome, _Failed):
         raise InputUnreachable(str(outcome))
     return outcome
@@ -145,6 +150,7 @@ def fetch_algorithm(
     limits: FetchLimits,
     *,
     storage_options: Mapping[str, Mapping[str, Any]] | None = None,
+    stop: Event | None = None,
 ) -> FetchedFile:
     """
     Write the algorithm to the file *into*, executable. *url* wins over *rawcode*; one of them is given.
@@ -156,7 +162,7 @@ def fetch_algorithm(
     ledger = _Ledger(limits.algorithm_bytes)
     if url is not None:
         item = _Item("the algorithm's URL", input_id="algorithm", position=0, url=url, target=into)
-        outcome = _fetch_all([item], limits, storage_options or {}, ledger)
+        outcome = _fetch_all([item], limits, storage_options or {}, ledger, stop)
         if isinstance(outcome, _Failed):
             raise AlgorithmUnreachable(str(outcome))
         (fetched,) = outcome
@@ -493,7 +499,11 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _fetch_all(
-    items: Sequence[_Item], limits: FetchLimits, options: Mapping[str, Mapping[str, Any]], ledger: _Ledger
+    items: Sequence[_Item],
+    limits: FetchLimits,
+    options: Mapping[str, Mapping[str, Any]],
+    ledger: _Ledger,
+    stop: Event | None,
 ) -> tuple[FetchedFile, ...] | _Failed:
     for folder in {item.target.parent for item in items}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -501,7 +511,7 @@ def _fetch_all(
     # Not the loop's own pool: name look-ups run there, and some that hang would stop every write.
     with ThreadPoolExecutor(2, thread_name_prefix="fetch-disk") as disk:
         try:
-            return asyncio.run(_gather(items, limits, options, ledger, disk))
+            return asyncio.run(_gather(items, limits, options, ledger, disk=disk, stop=stop or Event()))
         finally:
             for item in items:
                 item.part.unlink(missing_ok=True)
@@ -512,7 +522,9 @@ async def _gather(
     limits: FetchLimits,
     options: Mapping[str, Mapping[str, Any]],
     ledger: _Ledger,
+    *,
     disk: ThreadPoolExecutor,
+    stop: Event,
 ) -> tuple[FetchedFile, ...] | _Failed:
     first: BaseException
     async with AsyncExitStack() as stack:
@@ -520,6 +532,10 @@ async def _gather(
         try:
             async with asyncio.timeout(limits.seconds_total), asyncio.TaskGroup() as group:
                 tasks = [group.create_task(fetching.fetch(item)) for item in items]
+                watch = group.create_task(_until(stop))
+                if tasks:
+                    await asyncio.wait(tasks)
+                watch.cancel()
             return tuple(task.result() for task in tasks)
         except TimeoutError:
             return _Failed(f"{_unfinished(items)}: not here after {limits.seconds_total:g} s in all")
@@ -528,6 +544,13 @@ async def _gather(
     if isinstance(first, _Failed):
         return first
     raise first
+
+
+async def _until(stop: Event) -> None:
+    """Fails once *stop* is set. Asks, a few times a second: an event of threads cannot be awaited."""
+    while not stop.is_set():  # noqa: ASYNC110 - set by a thread
+        await asyncio.sleep(STOP_TICK)
+    raise _Failed("the job is being stopped")
 
 
 def _unfinished(items: Sequence[_Item]) -> str:
