@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -51,7 +52,10 @@ def create_app(settings: Settings, jobs: Jobs) -> FastAPI:
         yield
         await nonces.close()
 
-    app = FastAPI(title=SOFTWARE, version=version(SOFTWARE), lifespan=lifespan, redirect_slashes=False, redoc_url=None)
+    # Brings the files of /docs along: a service beside data that must not leave may well have no way to the internet.
+    app = FastAPIOffline(
+        title=SOFTWARE, version=version(SOFTWARE), lifespan=lifespan, redirect_slashes=False, redoc_url=None
+    )
     app.state.service = Service(
         settings=settings,
         jobs=jobs,
