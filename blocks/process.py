@@ -102,12 +102,12 @@ class ProcessRunner(Runner):
             return str(obstacle)
         return None
 
-    def run(self, execution: Execution) -> ExitReport:
+    def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:
         obstacle = self.obstacle()
         if obstacle is None:
-            return _carry_out(self, execution, sandboxed=True)
+            return _carry_out(self, execution, sandboxed=True, stop=stop or Event())
         if self.allow_unsandboxed:
-            return _carry_out(self, execution, sandboxed=False)
+            return _carry_out(self, execution, sandboxed=False, stop=stop or Event())
         return ExitReport(Ending.REFUSED, None, 0.0, obstacle)
 
 
@@ -145,7 +145,7 @@ def _probe(runner: ProcessRunner, euid: int) -> None:
             image=Image("none"),
         )
         try:
-            report = _carry_out(runner, trivial, sandboxed=True)
+            report = _carry_out(runner, trivial, sandboxed=True, stop=Event())
         except OSError as error:
             raise _Obstacle(_with_remedy(str(error))) from None
         if not report.ok:
@@ -164,7 +164,7 @@ def _with_remedy(message: str) -> str:
     return f"{message}; {remedy}"
 
 
-def _carry_out(runner: ProcessRunner, execution: Execution, *, sandboxed: bool) -> ExitReport:
+def _carry_out(runner: ProcessRunner, execution: Execution, *, sandboxed: bool, stop: Event) -> ExitReport:
     folders, limits = execution.folders, execution.limits
     written = 0
     try:
@@ -208,7 +208,7 @@ def _carry_out(runner: ProcessRunner, execution: Execution, *, sandboxed: bool) 
                 raise
             began = time.monotonic()
             child.order(orders)
-            ending = _watch(child, folders, limits, groups, deadline=began + limits.seconds, stop=execution.stop)
+            ending = _watch(child, folders, limits, groups, deadline=began + limits.seconds, stop=stop)
             code = child.kill()
             seconds = time.monotonic() - began
             if ending is Ending.EXITED and groups.oom_kills():

@@ -22,7 +22,7 @@ class Ending(StrEnum):
     """Also when only a child was ended for it and the entrypoint itself exited with 0."""
     DISK_FULL = "disk full"
     STOPPED = "stopped"
-    """By ``Execution.stop``, after the processes were asked to end."""
+    """On request, after the processes were asked to end."""
     REFUSED = "refused"
     """Nothing was started: this runner cannot shut the algorithm in here."""
 
@@ -67,8 +67,6 @@ class Execution:
     variables: Mapping[str, str] = field(default_factory=dict)
     """Beside these the runner sets VOLUME, INPUTS, OUTPUTS, LOGS and ALGO to the paths as the algorithm sees them."""
     network: bool = False
-    stop: Event = field(default_factory=Event, compare=False)
-    """Setting it, from any thread, ends the run within a second."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,10 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    def run(self, execution: Execution) -> ExitReport:
+    def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:
         """
-        Run the algorithm to its end or to a limit, whichever comes first. Blocks.
+        Run the algorithm to its end or to a limit, whichever comes first. Blocks. Setting *stop*, from any thread,
+        ends the run within a second, as STOPPED.
 
         Pre-state: every folder exists and belongs to the caller, and their parent keeps other users out;
         ``transformations/algorithm`` is the program;

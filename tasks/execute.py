@@ -48,6 +48,6 @@ def execute_algorithm(
                 "secret": secret,
             },
             network=network,
-            stop=stop,
-        )
+        ),
+        stop=stop,
     )

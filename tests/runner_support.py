@@ -1,7 +1,8 @@
 """
 A runner in another process: under another user, or one that can be killed.
 
-As a program: ``python -m tests.runner_support`` reads a pickled ``(runner, execution)`` and writes the pickled report.
+As a program: ``python -m tests.runner_support`` reads a pickled ``(runner, execution)`` and writes the pickled report;
+SIGUSR1 stops the run.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Event
 
 import psutil
 
@@ -33,17 +37,22 @@ class Dropped(Runner):
     def obstacle(self) -> str | None:
         raise NotImplementedError
 
-    def run(self, execution: Execution) -> ExitReport:
+    def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:
         command, environment = caller(self)
-        ended = subprocess.run(
-            command,
-            input=pickle.dumps((self.runner, execution)),
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd="/",
-            check=True,
-        )
-        report = pickle.loads(ended.stdout)
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/"
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            with process.stdin as pipe:
+                pipe.write(pickle.dumps((self.runner, execution)))
+            while process.poll() is None:
+                if stop is not None and stop.wait(0.05):
+                    process.send_signal(signal.SIGUSR1)
+                    break
+                time.sleep(0.01)
+            output = process.stdout.read()
+        assert 0 == process.returncode
+        report = pickle.loads(output)
         assert isinstance(report, ExitReport)
         return report
 
@@ -71,5 +80,7 @@ def reachable_python() -> str | None:
 
 
 if __name__ == "__main__":
+    stop = Event()
+    signal.signal(signal.SIGUSR1, lambda *_: stop.set())
     runner, execution = pickle.load(sys.stdin.buffer)
-    sys.stdout.buffer.write(pickle.dumps(runner.run(execution)))
+    sys.stdout.buffer.write(pickle.dumps(runner.run(execution, stop=stop)))

@@ -91,8 +91,8 @@ class Bench:
     def python(self, script: str, **limits: float) -> ExitReport:
         return self.runner.run(self.execution(script, limits=limits))
 
-    def sh(self, script: str, **limits: float) -> ExitReport:
-        return self.runner.run(self.execution(script, entrypoint="sh $ALGO", limits=limits))
+    def sh(self, script: str, *, stop: threading.Event | None = None, **limits: float) -> ExitReport:
+        return self.runner.run(self.execution(script, entrypoint="sh $ALGO", limits=limits), stop=stop)
 
 
 @pytest.fixture
@@ -200,6 +200,18 @@ def test_deadline_holds_against_one_that_ignores_it(any_bench: Bench) -> None:
     assert report.seconds < 1.5
     assert "0.5 s" in report.detail
     assert not sleepers("98761")
+
+
+def test_a_stop_ends_the_run(any_bench: Bench) -> None:
+    """Set from another thread, it ends the algorithm within a second, whatever that ignores; the report says so."""
+    stop = threading.Event()
+    script = "trap '' TERM; echo begun > $OUTPUTS/begun; while :; do sleep 0.1; done"
+    timer = threading.Timer(0.5, stop.set)
+    timer.start()
+    report = any_bench.sh(script, seconds=30, stop=stop)
+    assert (Ending.STOPPED, None) == (report.ending, report.code)
+    assert 0.4 <= report.seconds < 1.6
+    assert (any_bench.outputs / "begun").exists()
 
 
 ALLOCATE = """\
