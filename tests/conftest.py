@@ -1,6 +1,6 @@
 """What every test stands on: nothing of this machine's own is touched, and a real service is started once at most."""
 
-# ruff: noqa: E402 - Prefect reads its settings when it is first imported, so they are made to be a test's before.
+# ruff: noqa: PLC0415 - Imported where needed: Prefect takes a second to import, and reads its settings then.
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -27,11 +27,9 @@ os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["C2D_STATE"] = f"{_FOLDER.name}/state"
 
-import httpx
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
-
-from cli.service import ROOT, START_DEADLINE, Part, Service, free_port
-from tests.file_server import FileServer
+if TYPE_CHECKING:
+    from cli.service import Service
+    from tests.file_server import FileServer
 
 DEFINITIONS: Final = Path(__file__).parent / "prefect.yaml"
 """The environments of every service started here; in ``unattended`` no worker ever takes a job."""
@@ -64,6 +62,8 @@ def anyio_backend() -> str:
 @pytest.fixture
 def file_server() -> Iterator[FileServer]:
     """A real HTTP server on loopback that serves what is added to it."""
+    from tests.file_server import FileServer
+
     with FileServer() as server:
         yield server
 
@@ -71,6 +71,8 @@ def file_server() -> Iterator[FileServer]:
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The whole service: Prefect server, workers, API. For tests marked ``worker``."""
+    from cli.service import Service
+
     with Service(state=tmp_path_factory.mktemp("service"), definitions=DEFINITIONS, variables=VARIABLES) as started:
         yield started
 
@@ -100,6 +102,11 @@ class PrefectServer:
 @pytest.fixture(scope="session")
 def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
     """A Prefect server, for tests marked ``server``: that of the service if one is started anyway, else alone."""
+    import httpx
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    from cli.service import ROOT, START_DEADLINE, Part, Service, free_port
+
     if any(item.get_closest_marker("worker") for item in request.session.items):
         shared: Service = request.getfixturevalue("service")
         yield PrefectServer(shared.state, shared.prefect_url)

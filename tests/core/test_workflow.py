@@ -15,7 +15,7 @@ from flows.jobs import document_digest
 from flows.workflow import Output, Workflow, parse_workflow
 from tests.documents import data, parsed, stage, workflow
 
-SPEC: Final = Path(__file__).parent / "spec" / "000-init-request.json"
+SPEC: Final = Path(__file__).parent.parent / "spec" / "000-init-request.json"
 MARKER: Final = "hush-5f2c77ab"
 
 FREE = st.recursive(
