@@ -64,6 +64,10 @@ def create_app(settings: Settings, jobs: Jobs) -> FastAPI:
     )
     for router in (_about(settings), *ROUTERS):
         app.include_router(router)
+    for route in app.routes:
+        if isinstance(route, APIRoute):
+            # Else the documentation names a call by its endpoint's name, in title case.
+            route.summary = (route.description or route.name).split(".")[0].split("; ")[0]
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_unroutable)

@@ -164,6 +164,7 @@ def jobs(consumer: Consumer, files: FileServer) -> dict[str, str]:
             code("import os\nopen(os.environ['OUTPUTS'] + '/big', 'w').write('x' * 5000)"),
             environment="tight",
         ),
+        "no store": one(code(OUTPUT), environment="lost"),
         "links": one(
             code(
                 "import os\no = os.environ['OUTPUTS']\nos.symlink('/etc/passwd', o + '/passwd')\n"
@@ -357,6 +358,23 @@ def test_too_much_output_is_51(consumer: Consumer, jobs: Mapping[str, str]) -> N
     assert b"1000 are allowed" in consumer.read(job, "filtering.log")
 
 
+def test_a_store_that_cannot_be_written_is_62(consumer: Consumer, jobs: Mapping[str, str]) -> None:
+    """Failed to upload results; the status can be read all the same, without results."""
+    job = consumer.wait(jobs["no store"])
+    assert (62, "Failed to upload results to storage", "") == (job["status"], job["statusText"], job["results"])
+    assert job["reason"]
+
+
+def test_without_a_sandbox_a_job_is_refused(consumer: Consumer) -> None:
+    """An environment that cannot shut algorithms in takes none, and says what its operator has to do."""
+    document = workflow(stages=[stage(algorithm=code(OUTPUT), environment="unsealed")])
+    answer = consumer.http.post(f"{OPERATOR}/init", json={"workflow": document})
+    assert 503 == answer.status_code
+    assert "cannot shut an algorithm in" in answer.json()["error"]
+    (listed,) = [e for e in consumer.http.get(f"{OPERATOR}/environments").json() if e["id"] == "unsealed"]
+    assert listed["obstacle"]
+
+
 def test_links_and_special_files_never_leave(consumer: Consumer, jobs: Mapping[str, str]) -> None:
     """A link to a file of the machine and a pipe stay behind, named in the report; the plain file leaves."""
     job = consumer.wait(jobs["links"])
@@ -465,7 +483,7 @@ def test_a_big_document_is_taken(consumer: Consumer) -> None:
 def test_environments_are_listed(consumer: Consumer) -> None:
     """Every environment, in both spellings, with the truth about its workers."""
     listed = {e["id"]: e for e in consumer.http.get(f"{OPERATOR}/environments").json()}
-    assert {"default", "withgpu", "tight", "unattended"} == set(listed)
+    assert {"default", "withgpu", "tight", "lost", "unsealed", "unattended"} == set(listed)
     assert (1, 1) == (listed["withgpu"]["nCPU"], listed["withgpu"]["cpuNumber"])
     assert listed["default"]["lastSeen"] and not listed["unattended"]["lastSeen"]
 
