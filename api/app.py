@@ -63,11 +63,11 @@ def create_app(settings: Settings, jobs: Jobs) -> FastAPI:
         links=Links(settings.key_file, settings.link_seconds),
     )
     for router in (_about(settings), *ROUTERS):
+        for route in router.routes:
+            if isinstance(route, APIRoute):
+                # Else the documentation names a call by its endpoint's name, in title case.
+                route.summary = route.description.split(".")[0].split("; ")[0]
         app.include_router(router)
-    for route in app.routes:
-        if isinstance(route, APIRoute):
-            # Else the documentation names a call by its endpoint's name, in title case.
-            route.summary = (route.description or route.name).split(".")[0].split("; ")[0]
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_unroutable)
