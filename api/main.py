@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
 from fastapi import FastAPI
 from prefect import get_client
+from pydantic import ValidationError
 
 from api.app import create_app
 from api.settings import Settings
@@ -32,7 +34,13 @@ def create(settings: Settings) -> FastAPI:
 
 
 def main() -> None:
-    settings = Settings()  # from the environment
+    try:
+        settings = Settings()  # from the environment
+    except ValidationError as fault:
+        for error in fault.errors(include_url=False, include_input=False, include_context=False):
+            name = "_".join(map(str, error["loc"])).upper()
+            print(f"C2D_{name}: {error['msg']}" if name else error["msg"], file=sys.stderr)
+        sys.exit(2)
     uvicorn.run(
         create(settings),
         host=settings.host,

@@ -94,6 +94,16 @@ class Start(Signed):
     environment: Annotated[Name, Field(description="Where stages run that name none in compute.namespace")] = ""
     jobId: Annotated[str, AfterValidator(_no_restart), Field(description="Refused when given")] = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unwrapped(cls, values: Any) -> Any:
+        """A document posted as it is, without the outer key: its stages tell."""
+        if isinstance(values, dict) and "workflow" not in values and "stages" in values:
+            return {"workflow": values, "environment": values.get("environment", "")} | {
+                name: values[name] for name in ("providerSignature", "nonce") if name in values
+            }
+        return values
+
     @property
     def document(self) -> Workflow:
         """Raises InvalidWorkflow, InvalidParameter."""

@@ -32,10 +32,10 @@ def is_loopback(host: str) -> bool:
 class Settings(BaseSettings):
     """Times are seconds, sizes are bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="C2D_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="C2D_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65_535)] = 8030
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8050
     public_url: HttpUrl | None = None
     """What clients reach this service by; result links start with it. Without it, the host they asked for."""
     providers: Addresses = frozenset()

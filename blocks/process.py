@@ -230,7 +230,7 @@ def _detail(ending: Ending, limits: Limits) -> str:
         case Ending.DISK_FULL:
             return f"wrote more than its {_amount(limits.disk_bytes)} of disk"
         case Ending.STOPPED:
-            return "was stopped on request"
+            return "on request"
         case _:
             return f"ran longer than its {limits.seconds:g} s"
 
@@ -238,7 +238,7 @@ def _detail(ending: Ending, limits: Limits) -> str:
 def _exit_detail(code: int) -> str:
     with suppress(ValueError):
         return f"was ended by {signal.Signals(code - 128).name}"
-    return f"ended with exit code {code}"
+    return ""
 
 
 def _amount(size: int) -> str:

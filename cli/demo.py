@@ -106,7 +106,7 @@ def _follow(client: httpx.Client, document: Mapping[str, Any], console: Console)
         # The history holds also what was over before the next poll; the reason belongs to the last of it.
         history = job["history"]
         for n, passed in enumerate(history[shown:], start=shown):
-            reason = job["reason"] if n == len(history) - 1 else ""
+            reason = job["reason"] if n == len(history) - 1 and passed["status"] == job["status"] else ""
             _line(console, float(passed["at"]) - created, passed, reason)
             last = reason or last
         if len(history) == shown and job["reason"] != last:

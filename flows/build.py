@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,6 +68,8 @@ class Site:
     stage: PlannedStage = field(repr=False)
     environment: ComputeEnvironment = field(repr=False)
     upstream: Mapping[int, Workspace] = field(default_factory=dict, repr=False)
+    secret: str = field(default="", repr=False)
+    """The algorithm's variable ``secret``: its own, the same at every try, a secret of the service."""
     stop: Event = field(default_factory=Event, repr=False)
     """Set when this job is to end at once: nothing new is begun, what runs is ended."""
 
@@ -151,7 +152,7 @@ def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: Fetche
         image=Image(stage.container.image, stage.container.tag, stage.container.checksum),
         dids=stage.dids,
         algorithm_did=folder_name(stage.algorithm_id or ""),
-        secret=hashlib.sha256(f"{site.job_id}/{stage.index}".encode()).hexdigest(),
+        secret=site.secret,
         variables=stage.variables,
         limits=stage.limits,
         network=environment.offer.network,
@@ -268,9 +269,13 @@ _EXPECTED: Final = {
 Futures = Mapping[str, PrefectFuture[Any]]
 
 
-def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironment]) -> StageResult:
+def run_plan(
+    plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironment], secret_of: Callable[[bytes], str]
+) -> StageResult:
     """
     Run every step of *plan* as a task of the current flow run, each as soon as what it waits for is done.
+
+    *secret_of* makes a text from a name that nobody else can make.
 
     Returns:
         COMPLETED, or the failure of the first stage (in the plan's order) that failed.
@@ -285,6 +290,7 @@ def run_plan(plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironm
         site = Site(
             job_id=job_id,
             stop=stop,
+            secret=secret_of(f"{job_id}/{step.stage}".encode()),
             stage=stage,
             environment=environments[stage.environment],
             upstream={
@@ -363,7 +369,8 @@ def _progress(key: str, description: str) -> Iterator[Callable[[int, int, int, i
     """
     told: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
     done = threading.Event()
-    artifact = cast(UUID, create_progress_artifact(progress=0.0, key=key, description=description))
+    begun = f"{description}: not begun to arrive"
+    artifact = cast(UUID, create_progress_artifact(progress=0.0, key=key, description=begun))
 
     def report(done_bytes: int, total_bytes: int, done_files: int, files: int) -> None:
         told[0] = (done_bytes, total_bytes, done_files, files)

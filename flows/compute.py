@@ -62,7 +62,8 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
         environments = load_environments_sync(client)
     if stored_in is not None:
         sealed = environments[stored_in].documents().read_bytes(sealed, DOCUMENT).decode("ascii")
-    document = Seal.from_file(key_file()).open(sealed)
+    seal = Seal.from_file(key_file())
+    document = seal.open(sealed)
     try:
         plan = compile_plan(parse_workflow(document), {name: block.offer for name, block in environments.items()})
     except InvalidWorkflow as refusal:
@@ -74,7 +75,7 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     roots = {environments[stage.environment].workspace_root() for stage in plan.stages}
     # What a run that was cut off left is half written; this one begins anew.
     _remove(roots, job_id)
-    result = run_plan(plan, job_id, environments)
+    result = run_plan(plan, job_id, environments, seal.fingerprint)
     # Only here: a run that is stopped or ends by a bug keeps its folder, for a restart or for a look at it.
     _remove(roots, job_id)
     return ended_state(result.status, result.message)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from blocks.limits import GIB, Limits, Offer
 from flows.errors import InvalidWorkflow, Problem
 from flows.status import Phase
-from flows.workflow import Algorithm, Container, Input, Stage, Workflow
+from flows.workflow import PARTS, REQUIRED, Algorithm, Compute, Container, Input, Stage, Workflow
 
 MAX_STAGES: Final = 100
 MAX_URLS: Final = 20_000
@@ -137,10 +137,10 @@ def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
     if too_much := list(_size_problems(workflow)):
         # Not looked into further: what is checked below takes more than linear time.
         raise InvalidWorkflow(too_much)
-    problems = list(_index_problems(indexes))
+    problems = [*_missing_problems(workflow), *_index_problems(indexes)]
     dependencies = dict(zip(indexes, _dependencies(workflow.stages, indexes), strict=True))
     problems.extend(_dependency_problems(workflow.stages, indexes, dependencies))
-    if len({stage.compute.namespace for stage in workflow.stages}) > 1:
+    if len({stage.compute.namespace for stage in workflow.stages} - {""}) > 1:
         problems.append(Problem("stages", "stages in different compute environments are not offered yet"))
     for position, stage in enumerate(workflow.stages):
         problems.extend(_stage_problems(f"stages.{position}", stage, offers))
@@ -242,9 +242,17 @@ def _dependencies(stages: tuple[Stage, ...], indexes: tuple[int, ...]) -> Iterat
             yield tuple(before[-1:])
 
 
+def _missing_problems(workflow: Workflow) -> Iterator[Problem]:
+    for name, given in (
+        ("agreementId", workflow.agreement_id),
+        ("owner", workflow.owner),
+        ("stages", workflow.stages),
+    ):
+        if not given:
+            yield Problem(name, REQUIRED)
+
+
 def _size_problems(workflow: Workflow) -> Iterator[Problem]:
-    if not workflow.stages:
-        yield Problem("stages", "give at least one stage")
     if len(workflow.stages) > MAX_STAGES:
         yield Problem("stages", f"{len(workflow.stages)} stages; at most {MAX_STAGES}")
     inputs = sum(len(part.url) or 1 for stage in workflow.stages for part in stage.input)
@@ -298,27 +306,36 @@ def _ancestors(index: int, dependencies: Mapping[int, tuple[int, ...]]) -> set[i
 
 
 def _stage_problems(path: str, stage: Stage, offers: Mapping[str, Offer]) -> Iterator[Problem]:
-    compute = stage.compute
-    offer = offers.get(compute.namespace)
-    if not compute.namespace:
-        yield Problem(f"{path}.compute.namespace", f"name a compute environment: {_names(offers)}")
-    elif offer is None:
-        yield Problem(f"{path}.compute.namespace", f"no such compute environment; there is {_names(offers) or 'none'}")
-    if compute.instances != 1:
-        yield Problem(f"{path}.compute.Instances", "only one instance of an algorithm is run")
-    if offer is not None and (compute.resources.gpu or 0) > offer.limits.gpus:
-        yield Problem(
-            f"{path}.compute.resources.gpu",
-            f"asks for {compute.resources.gpu} GPU(s); the environment has {offer.limits.gpus}",
-        )
+    missing = [part for part in PARTS if part not in stage.model_fields_set]
+    for part in missing:
+        yield Problem(f"{path}.{part}", REQUIRED)
+    offer = offers.get(stage.compute.namespace)
+    if "compute" not in missing:
+        yield from _compute_problems(f"{path}.compute", stage.compute, offers)
     names: dict[str, int] = {}
-    for n, part in enumerate(stage.input):
+    for n, given in enumerate(stage.input):
         here = f"{path}.input.{n}"
-        yield from _input_problems(here, part, offer)
-        name = folder_name(_input_id(part)) if part.id or part.stage is not None else ""
+        yield from _input_problems(here, given, offer)
+        name = folder_name(_input_id(given)) if given.id or given.stage is not None else ""
         if name and names.setdefault(name, n) != n:
             yield Problem(f"{here}.id", f"input {names[name]} has this id too")
-    yield from _algorithm_problems(f"{path}.algorithm", stage.algorithm, offer)
+    if "algorithm" not in missing:
+        yield from _algorithm_problems(f"{path}.algorithm", stage.algorithm, offer)
+
+
+def _compute_problems(path: str, compute: Compute, offers: Mapping[str, Offer]) -> Iterator[Problem]:
+    offer = offers.get(compute.namespace)
+    if not compute.namespace:
+        yield Problem(f"{path}.namespace", f"name a compute environment: {_names(offers)}")
+    elif offer is None:
+        yield Problem(f"{path}.namespace", f"no such compute environment; there is {_names(offers) or 'none'}")
+    if compute.instances != 1:
+        yield Problem(f"{path}.Instances", "only one instance of an algorithm is run")
+    if offer is not None and (compute.resources.gpu or 0) > offer.limits.gpus:
+        yield Problem(
+            f"{path}.resources.gpu",
+            f"asks for {compute.resources.gpu} GPU(s); the environment has {offer.limits.gpus}",
+        )
 
 
 def _names(offers: Mapping[str, Offer]) -> str:
@@ -333,7 +350,7 @@ def _input_problems(path: str, part: Input, offer: Offer | None) -> Iterator[Pro
         yield Problem(f"{path}.remote", "looking assets up in a metadata store is not offered yet; give url")
     if not part.id:
         if part.stage is None:
-            yield Problem(f"{path}.id", "is required")
+            yield Problem(f"{path}.id", REQUIRED)
     elif not _SAFE_ID.fullmatch(part.id) or not _SAFE_ID.fullmatch(folder_name(part.id)) or ".." in part.id:
         yield Problem(f"{path}.id", "is no safe name: letters, digits, '.', '_', ':' and '-' only, at most 200 of them")
     elif folder_name(part.id) in RESERVED_NAMES:

@@ -249,12 +249,14 @@ class PrefectJobs(Jobs):
         if not job.ended:
             await self._client.set_flow_run_state(run_id, Cancelled(message="deleted on request"), force=True)
         block = (await self._blocks()).get(job.environment)
-        if block is not None:
-            await asyncio.to_thread(block.store().delete_job, job.id)
-            if parameters.get("stored_in"):
-                await asyncio.to_thread(block.documents().delete_job, parameters["sealed"])
-            if self._local_workers:
-                await asyncio.to_thread(remove_job, block.workspace_root(), job.id)
+        if block is None:
+            # Its record is the only thing that knows of its files, so it must not go before them.
+            raise NotReady("The environment of this job is not registered any more, so its results cannot be deleted.")
+        await asyncio.to_thread(block.store().delete_job, job.id)
+        if parameters.get("stored_in"):
+            await asyncio.to_thread(block.documents().delete_job, parameters["sealed"])
+        if self._local_workers:
+            await asyncio.to_thread(remove_job, block.workspace_root(), job.id)
         try:
             await self._client.delete_flow_run(run_id)
         except ObjectNotFound:
@@ -416,7 +418,7 @@ def _job_of(
         history.append(Transition(Status.STARTED, run.start_time))
     history.extend(transitions(steps))
     if final and state is not None:
-        history.append(Transition(status, state.timestamp))
+        history.append(Transition(status, state.timestamp, None if status is Status.COMPLETED else stage))
     return Job(
         id=run.id.hex,
         owner=summary["owner"],

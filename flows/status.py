@@ -120,7 +120,7 @@ def project(status: Status, dialect: Dialect, *, stopped_in: Status = Status.WAR
 
 
 class Phase(StrEnum):
-    """A step of a stage; the value tags its task run."""
+    """A step of a stage; the value is part of its task run's name."""
 
     DATA = "provision-data"
     ALGORITHM = "provision-algorithm"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final
 
 from pydantic import (
@@ -169,20 +169,28 @@ class Output(Document):
 
 
 class Stage(Document):
+    """
+    Every part is required, and the plan says so where one is missing: refused here, it would hide all that is wrong
+    with the parts that are there.
+    """
+
     index: Index | None = None
-    input: tuple[Input, ...]
-    compute: Compute
-    algorithm: Algorithm
-    output: Output
+    input: tuple[Input, ...] = ()
+    compute: Compute = Compute()
+    algorithm: Algorithm = Algorithm()
+    output: Output = Output()
     depends_on: tuple[Index, ...] | None = Field(default=None, alias="dependsOn")
 
 
 class Workflow(Document):
-    agreement_id: Name = Field(alias="agreementId")
-    owner: Name
-    stages: tuple[Stage, ...]
+    """Agreement and owner are required too; see ``Stage``."""
+
+    agreement_id: Name = Field(default="", alias="agreementId")
+    owner: Name = ""
+    stages: tuple[Stage, ...] = ()
 
 
+REQUIRED: Final = "is required"
 PARTS: Final = ("algorithm", "compute", "input", "output")
 
 
@@ -196,10 +204,25 @@ def parse_workflow(document: Any) -> Workflow:
     try:
         return Workflow.model_validate(document)
     except ValidationError as fault:
-        raise InvalidWorkflow(
-            Problem(_path(error["loc"]), _sentence(error["type"], error["msg"]))
+        faults = [
+            Problem(_path(error["loc"]), error["msg"].removeprefix("Value error, "))
             for error in fault.errors(include_url=False, include_context=False, include_input=False)
-        ) from None
+        ]
+    raise InvalidWorkflow([*faults, *_missing(document)])
+
+
+def _missing(document: Any) -> Iterator[Problem]:
+    """What the plan would say of missing parts, for a document it does not get to see."""
+    if not isinstance(document, Mapping):
+        return
+    for name in ("agreementId", "owner", "stages"):
+        if name not in document:
+            yield Problem(name, REQUIRED)
+    stages = document.get("stages")
+    for position, stage in enumerate(stages if isinstance(stages, list) else ()):
+        for part in PARTS if isinstance(stage, Mapping) else ():
+            if part not in stage:
+                yield Problem(f"stages.{position}.{part}", REQUIRED)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -209,7 +232,3 @@ def _path(location: tuple[int | str, ...]) -> str:
         place = parts.index("envs") + 1
         parts[place:] = [name for name in parts[place : place + 1] if _VARIABLE.fullmatch(name)]
     return ".".join(parts) or "workflow"
-
-
-def _sentence(kind: str, message: str) -> str:
-    return "is required" if kind == "missing" else message.removeprefix("Value error, ")

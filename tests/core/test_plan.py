@@ -235,7 +235,17 @@ def test_everything_at_once() -> None:
 
 def test_no_stage() -> None:
     """A workflow without stages is no workflow."""
-    assert ["stages: give at least one stage"] == problems()
+    assert ["stages: is required"] == problems()
+
+
+@pytest.mark.parametrize("part", ["algorithm", "compute", "input", "output"])
+def test_a_missing_part(part: str) -> None:
+    """Each part a stage must have is named when it is missing, and hides nothing that is wrong elsewhere."""
+    incomplete = {key: value for key, value in stage(0).items() if key != part}
+    assert [
+        f"stages.0.{part}: is required",
+        "stages.1.compute.Instances: only one instance of an algorithm is run",
+    ] == (problems(incomplete, stage(1, compute={"Instances": 2})))
 
 
 def test_no_environment_at_all() -> None:
