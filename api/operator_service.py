@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends
 from fastapi.requests import Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from starlette.concurrency import run_in_threadpool
 
 from api import wire
 from api.auth import ANONYMOUS, Caller
@@ -103,6 +104,11 @@ class Start(Signed):
                 name: values[name] for name in ("providerSignature", "nonce") if name in values
             }
         return values
+
+    @property
+    def named_owner(self) -> str:
+        inside = self.workflow.get("owner")
+        return inside if isinstance(inside, str) and inside else self.owner
 
     @property
     def document(self) -> Workflow:
@@ -213,8 +219,9 @@ async def running_jobs(call: SignedGiven, request: Request, service: ServiceDep)
 
 
 async def _start(call: Start, request: Request, service: Service) -> tuple[Job, Caller]:
-    workflow = call.document
-    caller = await _caller(call, request, service, owner=workflow.owner)
+    # Who calls comes first: what is not signed by a provider must not cost more than its signature's check.
+    caller = await _caller(call, request, service, owner=call.named_owner)
+    workflow = await run_in_threadpool(lambda: call.document)
     if call.environment and call.environment not in {state.offer.id for state in await service.jobs.environments()}:
         raise UnknownEnvironment
     return await service.jobs.submit(workflow), caller

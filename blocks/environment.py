@@ -12,7 +12,7 @@ from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.client.schemas.objects import BlockDocument
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.types import SecretDict
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from blocks.limits import Offer
 from blocks.process import ProcessRunner
@@ -37,6 +37,9 @@ class ComputeEnvironment(Block):
     Paths and URLs left empty stand for folders below ``$C2D_STATE`` on the machine that uses them, so that one
     block serves machines whose folders differ.
     """
+
+    # Else a field that is wrong is quoted together with the credentials beside it.
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     _block_type_name = "Compute environment"
     _block_type_slug = _SLUG

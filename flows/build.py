@@ -134,7 +134,7 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
         )
     except AlgorithmUnreachable as problem:
         return Failed(name="Algorithm unreachable", message=str(problem))
-    return Completed(message=f"{fetched.size} bytes, sha256 {fetched.sha256}", data=fetched)
+    return Completed(message=f"{fetched.size} bytes", data=fetched)
 
 
 @task(cache_policy=NO_CACHE)
@@ -176,7 +176,7 @@ def filter_results(site: Site, report: ExitReport) -> Any:
     workspace.filtering_log.write_text(str(verdict))
     create_markdown_artifact(
         key=f"filter-{site.stage.index}",
-        markdown=f"```\n{verdict}\n```",
+        markdown=f"```\n{_shortened(str(verdict))}\n```",
         description=f"What may leave stage {site.stage.index}",
     )
     if not verdict.passed:
@@ -215,8 +215,8 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
     if part.files:
         create_table_artifact(
             key=f"results-{stage.index}",
-            table=[{"path": f.path, "bytes": f.size, "kind": f.kind, "type": f.type} for f in part.files],
-            description=f"Published by stage {stage.index}",
+            table=[{"path": f.path, "bytes": f.size, "kind": f.kind, "type": f.type} for f in part.files[:SHOWN]],
+            description=f"Published by stage {stage.index}: {len(part.files)} files, {SHOWN} of them shown at most",
         )
     return result
 
@@ -266,6 +266,9 @@ _EXPECTED: Final = {
 }
 """Names of the states a step fails with for a reason the consumer is told. Any other failure is a bug."""
 
+SHOWN: Final = 100
+"""Rows of an artifact: for people. All of them are in the job's logs."""
+
 Futures = Mapping[str, PrefectFuture[Any]]
 
 
@@ -285,30 +288,30 @@ def run_plan(
     """
     futures: dict[str, PrefectFuture[Any]] = {}
     stop = Event()
-    for step in plan.steps:
-        stage = plan.stage(step.stage)
-        site = Site(
-            job_id=job_id,
-            stop=stop,
-            secret=secret_of(f"{job_id}/{step.stage}".encode()),
-            stage=stage,
-            environment=environments[stage.environment],
-            upstream={
-                other.index: stage_workspace(environments[other.environment].workspace_root(), job_id, other.index)
-                for other in plan.stages
-            },
-        )
-        futures[step.name] = (
-            TASK_FOR[step.phase]
-            .with_options(name=step.name, task_run_name=step.name)
-            .submit(
-                # Quoted: nothing in it is a future, and Prefect would search all of it for one, task by task.
-                quote(site),
-                **_handed_on(step, futures),
-                wait_for=[allow_failure(futures[name]) for name in step.after],
-            )
-        )
     try:
+        for step in plan.steps:
+            stage = plan.stage(step.stage)
+            site = Site(
+                job_id=job_id,
+                stop=stop,
+                secret=secret_of(f"{job_id}/{step.stage}".encode()),
+                stage=stage,
+                environment=environments[stage.environment],
+                upstream={
+                    other.index: stage_workspace(environments[other.environment].workspace_root(), job_id, other.index)
+                    for other in plan.stages
+                },
+            )
+            futures[step.name] = (
+                TASK_FOR[step.phase]
+                .with_options(name=step.name, task_run_name=step.name)
+                .submit(
+                    # Quoted: nothing in it is a future, and Prefect would search all of it for one, task by task.
+                    quote(site),
+                    **_handed_on(step, futures),
+                    wait_for=[allow_failure(futures[name]) for name in step.after],
+                )
+            )
         for future in futures.values():
             future.wait()
     except BaseException:
@@ -403,13 +406,24 @@ def _amounts(done_bytes: int, total_bytes: int, done_files: int, files: int) -> 
     return f"{done_files} of {files} files, {done_bytes / MIB:.1f}{of_bytes} MiB"
 
 
+def _shortened(text: str) -> str:
+    """The beginning and the verdict at the end."""
+    lines = text.splitlines()
+    more = f"... and {len(lines) - SHOWN} lines more, in the filter's log"
+    return text if len(lines) <= SHOWN else "\n".join([*lines[: SHOWN - 1], more, lines[-1]])
+
+
 def _inputs_table(stage: int, fetched: Sequence[FetchedFile]) -> None:
+    """
+    Sizes and times. No checksum: who knows that a data set is one of a few could tell by it which, and Prefect's
+    database is open to more people than the job's configuration log, which has them.
+    """
     if fetched:
         create_table_artifact(
             key=f"inputs-{stage}",
             table=[
-                {"input": f.input_id, "n": f.position, "bytes": f.size, "sha256": f.sha256, "seconds": f.seconds}
-                for f in fetched
+                {"input": f.input_id, "n": f.position, "bytes": f.size, "seconds": round(f.seconds, 3)}
+                for f in fetched[:SHOWN]
             ],
-            description=f"Provisioned for stage {stage}",
+            description=f"Provisioned for stage {stage}: {len(fetched)} files, {SHOWN} of them shown at most",
         )

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from blocks.environment import ComputeEnvironment, load_environments_sync, state_folder
+from blocks.store import StoreUnavailable
 from flows.build import run_plan
 from flows.errors import InvalidWorkflow
 from flows.plan import Plan, compile_plan
@@ -73,12 +74,24 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     if obstacle := _obstacle(plan, environments):
         return ended_state(Status.RUN_FAILED, f"refused: {obstacle}")
     roots = {environments[stage.environment].workspace_root() for stage in plan.stages}
-    # What a run that was cut off left is half written; this one begins anew.
-    _remove(roots, job_id)
-    result = run_plan(plan, job_id, environments, seal.fingerprint)
-    # Only here: a run that is stopped or ends by a bug keeps its folder, for a restart or for a look at it.
-    _remove(roots, job_id)
+    if flow_run.run_count > 1:
+        _forget_earlier_try(plan, job_id, environments)
+    try:
+        result = run_plan(plan, job_id, environments, seal.fingerprint)
+    finally:
+        # Whatever the end: data that must not leave must not lie about either.
+        _remove(roots, job_id)
     return ended_state(result.status, result.message)
+
+
+def _forget_earlier_try(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment]) -> None:
+    """A run that was cut off may have published some of its stages; this one begins anew."""
+    for environment in {stage.environment for stage in plan.stages}:
+        _remove([environments[environment].workspace_root()], job_id)
+        try:
+            environments[environment].store().delete_job(job_id)
+        except StoreUnavailable:
+            get_run_logger().warning("the store is away; what an earlier try has published is replaced at the end")
 
 
 def _remove(roots: Iterable[Path], job_id: str) -> None:

@@ -81,7 +81,6 @@ class Job:
     removed: bool = False
     algorithm_did: str | None = None
     input_dids: tuple[str, ...] = ()
-    whitelist: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -130,7 +129,8 @@ def parse_job_id(text: str) -> str:
 
 def document_digest(workflow: Workflow) -> bytes:
     """SHA-256 of what the document says, independent of its spelling. Tells a repeat from another job."""
-    canonical = json.dumps(workflow.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    said = {**workflow.model_dump(mode="json"), "owner": workflow.owner.lower()}  # addresses have no case
+    canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -212,7 +212,7 @@ async def only_job(jobs: Jobs, job_id: str) -> Job:
     return found[0]
 
 
-def summary_of(plan: Plan, workflow: Workflow) -> Mapping[str, Any]:
+def summary_of(plan: Plan) -> Mapping[str, Any]:
     """What may be read in clear of a sealed document: names and numbers, no URL, code or user data."""
     stages = plan.stages
     return {
@@ -225,7 +225,6 @@ def summary_of(plan: Plan, workflow: Workflow) -> Mapping[str, Any]:
         "urls": sum(len(planned.urls) for stage in stages for planned in stage.inputs),
         "algorithm": next((stage.algorithm_id for stage in stages if stage.algorithm_id), None),
         "image": f"{stages[-1].container.image}:{stages[-1].container.tag}",
-        "whitelist": sorted({address for stage in workflow.stages for address in stage.output.whitelist}),
     }
 
 
@@ -251,7 +250,7 @@ class MemoryJobs(Jobs):
                 if self._digests[job.id] != digest:
                     raise AgreementInUse
                 return job
-        summary = summary_of(plan, workflow)
+        summary = summary_of(plan)
         at = self.now()
         job = Job(
             id=uuid.uuid4().hex,
@@ -265,7 +264,6 @@ class MemoryJobs(Jobs):
             history=(Transition(Status.WARMING_UP, at),),
             algorithm_did=summary["algorithm"],
             input_dids=tuple(summary["inputs"]),
-            whitelist=tuple(summary["whitelist"]),
         )
         self._jobs[job.id] = job
         self._digests[job.id] = digest

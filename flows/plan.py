@@ -17,6 +17,7 @@ from flows.workflow import PARTS, REQUIRED, Algorithm, Compute, Container, Input
 MAX_STAGES: Final = 100
 MAX_URLS: Final = 20_000
 MAX_RAWCODE: Final = 10 * 1024**2
+LONGEST_VARIABLE: Final = 100_000
 
 DID_PREFIX: Final = "did:op:"
 
@@ -107,7 +108,8 @@ class Plan:
                 source = f"stage {planned.stage}" if planned.stage is not None else f"{len(planned.urls)} URL(s)"
                 yield f"  input      {planned.id}: {source}"
             code = "by URL" if stage.algorithm_url else "raw code"
-            yield f"  algorithm  {stage.algorithm_id or 'unnamed'} ({code}): {stage.container.entrypoint}"
+            # Not the entrypoint: it is code, may hold what nobody else is to see, and this text goes into logs.
+            yield f"  algorithm  {stage.algorithm_id or 'unnamed'} ({code}) for {stage.container.image}"
             yield (
                 f"  limits     {limits.seconds:g} s, {limits.memory_bytes / GIB:g} GiB memory, "
                 f"{limits.disk_bytes / GIB:g} GiB disk, {limits.cpus:g} cpu, {limits.gpus} gpu"
@@ -137,7 +139,7 @@ def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
     if too_much := list(_size_problems(workflow)):
         # Not looked into further: what is checked below takes more than linear time.
         raise InvalidWorkflow(too_much)
-    problems = [*_missing_problems(workflow), *_index_problems(indexes)]
+    problems = [*_missing_problems(workflow), *_name_problems(workflow), *_index_problems(indexes)]
     dependencies = dict(zip(indexes, _dependencies(workflow.stages, indexes), strict=True))
     problems.extend(_dependency_problems(workflow.stages, indexes, dependencies))
     if len({stage.compute.namespace for stage in workflow.stages} - {""}) > 1:
@@ -260,6 +262,13 @@ def _size_problems(workflow: Workflow) -> Iterator[Problem]:
         yield Problem("stages", f"{inputs} inputs and URLs in all; at most {MAX_URLS}")
 
 
+def _name_problems(workflow: Workflow) -> Iterator[Problem]:
+    """Ids and variables reach the algorithm as environment variables, and Linux takes no string beyond 128 KiB."""
+    ids = sum(len(_input_id(part)) + 4 for stage in workflow.stages for part in stage.input)
+    if ids > LONGEST_VARIABLE:
+        yield Problem("stages", f"the ids of all inputs have {ids} characters together; at most {LONGEST_VARIABLE}")
+
+
 def _index_problems(indexes: tuple[int, ...]) -> Iterator[Problem]:
     seen: set[int] = set()
     for position, index in enumerate(indexes):
@@ -285,13 +294,20 @@ def _dependency_problems(
                 yield Problem(path, f"there is no stage {part.stage}")
             elif part.stage not in ancestors:
                 yield Problem(path, f"stage {part.stage} is not among the stages this one depends on")
-    graph = {index: [d for d in after if d in known] for index, after in dependencies.items()}
+    graph = {index: {d for d in after if d in known} for index, after in dependencies.items()}
+    while members := _cycle(graph):
+        position = indexes.index(members[0])
+        yield Problem(f"stages.{position}.dependsOn", f"stages wait for each other: {' -> '.join(map(str, members))}")
+        graph[members[0]].discard(members[1])  # and on to the next
+
+
+def _cycle(graph: Mapping[int, set[int]]) -> list[int]:
+    """One cycle, each member waiting for the one after it, the first of them again at the end; empty if none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as cycle:
-        members = list(reversed(cycle.args[1]))
-        position = indexes.index(members[0])
-        yield Problem(f"stages.{position}.dependsOn", f"stages wait for each other: {' -> '.join(map(str, members))}")
+        return list(reversed(cycle.args[1]))
+    return []
 
 
 def _ancestors(index: int, dependencies: Mapping[int, tuple[int, ...]]) -> set[int]:
@@ -399,6 +415,8 @@ def _algorithm_problems(path: str, algorithm: Algorithm, offer: Offer | None) ->
             yield Problem(f"{path}.envs", "has a name or value that is no environment variable")
         elif name in RESERVED_VARIABLES:
             yield Problem(f"{path}.envs.{name}", "is set by the service")
+        elif len((algorithm.envs or {})[name].encode()) > LONGEST_VARIABLE:
+            yield Problem(f"{path}.envs.{name}", f"has more than {LONGEST_VARIABLE} bytes; give it in algocustomdata")
 
 
 def _container_problems(path: str, container: Container) -> Iterator[Problem]:

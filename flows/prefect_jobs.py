@@ -33,7 +33,7 @@ from prefect.flow_runs import wait_for_flow_run
 from prefect.states import Cancelled, Cancelling, Scheduled
 
 from blocks.environment import ComputeEnvironment, load_environments
-from blocks.store import Manifest, StoreUnavailable
+from blocks.store import Manifest, NotStored, StoreUnavailable
 from flows.build import fetch_key
 from flows.compute import DOCUMENT, FLOW_NAME
 from flows.errors import AgreementInUse, NoSuchResult, NotReady
@@ -48,8 +48,8 @@ from flows.jobs import (
     only_job,
     summary_of,
 )
-from flows.plan import compile_plan
-from flows.reasons import RESUMING, STOPPING, why_ended, why_live, why_waiting
+from flows.plan import Plan, compile_plan
+from flows.reasons import RESUMING, STOPPING, silent, why_ended, why_live, why_waiting
 from flows.sealing import Seal
 from flows.states import Steps, live_status, run_status, steps_of, stop_request, transitions
 from flows.status import BY_TEXT, Phase, Status
@@ -99,14 +99,18 @@ LIVE: Final = _in_states(LIVE_STATES)
 
 
 @asynccontextmanager
-async def _reaching_prefect() -> AsyncIterator[None]:
-    """A server that is away or broken is NotReady for the caller, not a bug of ours."""
+async def _reaching_out() -> AsyncIterator[None]:
+    """A server or store that is away or broken is NotReady for the caller, not a bug of ours."""
     try:
         yield
     except (httpx.TransportError, PrefectHTTPStatusError) as fault:
         if isinstance(fault, PrefectHTTPStatusError) and fault.response.status_code < 500:
             raise
         raise NotReady("The workflow engine cannot be reached; try again in a moment.") from None
+    except StoreUnavailable:
+        raise NotReady("The store of results cannot be reached; try again in a moment.") from None
+    except NotStored:
+        raise NoSuchResult("This result is not in the store any more.") from None
 
 
 class PrefectJobs(Jobs):
@@ -131,36 +135,30 @@ class PrefectJobs(Jobs):
         self._ended: LRUCache[tuple[UUID, UUID], Job] = LRUCache(10_000)
 
     async def submit(self, workflow: Workflow) -> Job:
-        async with _reaching_prefect():
+        async with _reaching_out():
             blocks = await self._blocks()
-            plan = compile_plan(workflow, {name: block.offer for name, block in blocks.items()})
+            offers = {name: block.offer for name, block in blocks.items()}
+            # Off the event loop: the largest documents take seconds.
+            plan = await asyncio.to_thread(compile_plan, workflow, offers)
             environment = blocks[plan.stages[0].environment]
             if obstacle := await self._obstacle(environment):
                 raise NotReady(f"This environment cannot shut an algorithm in, so it runs none: {obstacle}")
-            fingerprint = self._seal.fingerprint(document_digest(workflow))
-            sealed = self._seal.close(workflow.model_dump(mode="json"))
+            fingerprint, sealed = await asyncio.to_thread(self._sealed, workflow)
             parameters: dict[str, Any] = {
                 "sealed": sealed,
-                "summary": {**summary_of(plan, workflow), "fingerprint": fingerprint},
+                "summary": {**summary_of(plan), "fingerprint": fingerprint},
             }
             if len(sealed) > LARGEST_PARAMETER:
                 # A name of its own: what is refused because its agreement is in use must not replace what has it.
                 name = uuid4().hex
                 await asyncio.to_thread(environment.documents().put_bytes, name, DOCUMENT, sealed.encode("ascii"))
                 parameters |= {"sealed": name, "stored_in": environment.offer.id}
-            run = await self._client.create_flow_run_from_deployment(
-                await self._deployment(environment.offer.id),
-                parameters=parameters,
-                name=plan.agreement_id[:100],
-                state=Scheduled(),
-                # One agreement, one run, whatever arrives at the same time: Prefect's database holds the key unique.
-                idempotency_key=f"agreement:{hashlib.sha256(plan.agreement_id.encode()).hexdigest()}",
-                tags=[
-                    _owner_tag(plan.owner),
-                    _agreement_tag(plan.agreement_id),
-                    _environment_tag(environment.offer.id),
-                ],
-            )
+            try:
+                run = await self._create(plan, environment.offer.id, parameters)
+            except BaseException:
+                if "stored_in" in parameters:
+                    await asyncio.to_thread(environment.documents().delete_job, parameters["sealed"])
+                raise
             if "stored_in" in parameters and run.parameters["sealed"] != parameters["sealed"]:
                 await asyncio.to_thread(environment.documents().delete_job, parameters["sealed"])
         if run.parameters["summary"]["fingerprint"] != fingerprint:
@@ -178,22 +176,22 @@ class PrefectJobs(Jobs):
             id=FlowRunFilterId(any_=[UUID(query.job_id)]) if query.job_id else None,
             tags=FlowRunFilterTags(all_=tags) if tags else None,
         )
-        async with _reaching_prefect():
+        async with _reaching_out():
             return await self._jobs_of(await self._runs(wanted))
 
     async def running(self) -> list[Job]:
-        async with _reaching_prefect():
+        async with _reaching_out():
             return await self._jobs_of(await self._runs(LIVE))
 
     async def stop(self, query: JobQuery) -> list[Job]:
         live = [job for job in await self.find(query) if not job.ended]
-        async with _reaching_prefect():
+        async with _reaching_out():
             await asyncio.gather(*(self._cancel(UUID(job.id)) for job in live))
         return await self.find(query)
 
     async def delete(self, query: JobQuery) -> list[Job]:
         jobs = await self.stop(query)
-        async with _reaching_prefect():
+        async with _reaching_out():
             for job in jobs:
                 await self._remove(job)
         at = datetime.now(UTC)
@@ -213,28 +211,47 @@ class PrefectJobs(Jobs):
         ]
 
     async def environments(self) -> list[EnvironmentState]:
-        if None not in self._offers_cache:
-            async with _reaching_prefect():
+        known = self._offers_cache.get(None)
+        if known is None:
+            async with _reaching_out():
                 blocks = await self._blocks()
-                self._offers_cache[None] = await asyncio.gather(
-                    *(self._environment_state(block) for _, block in sorted(blocks.items()))
-                )
-        return self._offers_cache[None]
+                known = await asyncio.gather(*(self._environment_state(b) for _, b in sorted(blocks.items())))
+            self._offers_cache[None] = known
+        return known
 
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
         job = await only_job(self, job_id)
         if not 0 <= index < len(job.results):
             raise NoSuchResult(f"No such index {index} in this compute job")
-        block = (await self._blocks())[job.environment]
-        store = block.store()
-        manifest = await asyncio.to_thread(store.manifest, job_id)
-        if manifest is None:
-            raise NoSuchResult(f"No results for job {job_id}")
-        return store.stream(job_id, manifest.ordered()[index].name, start, end)
+        async with _reaching_out():
+            store = (await self._blocks())[job.environment].store()
+            manifest = await asyncio.to_thread(store.manifest, job_id)
+            if manifest is None:
+                raise NoSuchResult(f"No results for job {job_id}")
+            return await asyncio.to_thread(store.stream, job_id, manifest.ordered()[index].name, start, end)
+
+    def _sealed(self, workflow: Workflow) -> tuple[str, str]:
+        return self._seal.fingerprint(document_digest(workflow)), self._seal.close(workflow.model_dump(mode="json"))
+
+    async def _create(self, plan: Plan, environment: str, parameters: dict[str, Any]) -> FlowRun:
+        return await self._client.create_flow_run_from_deployment(
+            await self._deployment(environment),
+            parameters=parameters,
+            name=plan.agreement_id[:100],
+            state=Scheduled(),
+            # One agreement, one run, whatever arrives at the same time: Prefect's database holds the key unique.
+            idempotency_key=f"agreement:{hashlib.sha256(plan.agreement_id.encode()).hexdigest()}",
+            tags=[_owner_tag(plan.owner), _agreement_tag(plan.agreement_id), _environment_tag(environment)],
+        )
 
     async def _cancel(self, run_id: UUID) -> None:
         try:
-            await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
+            run = await self._client.read_flow_run(run_id)
+            waits = run.state is None or run.state.is_scheduled()
+            # A run that waits has no process that could end it: left to Prefect, one that was handed back once, and
+            # so still bears the number of a process, would be cancelling for ever.
+            asked = Cancelled if waits else Cancelling
+            await self._client.set_flow_run_state(run_id, asked(message="stopped on request"))
             await wait_for_flow_run(run_id, timeout=STOP_DEADLINE, client=self._client)
         except (FlowRunWaitTimeout, ObjectNotFound):
             return  # the job tells how far it is, with stopreq set; or it was deleted by someone else meanwhile
@@ -246,9 +263,12 @@ class PrefectJobs(Jobs):
             parameters = (await self._client.read_flow_run(run_id)).parameters
         except ObjectNotFound:
             return
-        if not job.ended:
-            await self._client.set_flow_run_state(run_id, Cancelled(message="deleted on request"), force=True)
         block = (await self._blocks()).get(job.environment)
+        if not job.ended:
+            if block is not None and not silent(await self._last_seen(block.work_pool), datetime.now(UTC)):
+                # Its process may still be publishing; deleted now, it would leave results that nobody knows of.
+                raise NotReady("The job is still being stopped; delete it again in a moment.")
+            await self._client.set_flow_run_state(run_id, Cancelled(message="deleted on request"), force=True)
         if block is None:
             # Its record is the only thing that knows of its files, so it must not go before them.
             raise NotReady("The environment of this job is not registered any more, so its results cannot be deleted.")
@@ -264,15 +284,18 @@ class PrefectJobs(Jobs):
 
     async def _runs(self, wanted: FlowRunFilter) -> list[FlowRun]:
         runs: list[FlowRun] = []
+        read = 0
         while True:
             page = await self._client.read_flow_runs(
                 flow_filter=_JOBS,
                 flow_run_filter=wanted,
                 sort=FlowRunSort.EXPECTED_START_TIME_ASC,
                 limit=PAGE,
-                offset=len(runs),
+                offset=read,
             )
-            runs.extend(page)
+            read += len(page)
+            # A run started by hand, from the UI say, is no job: nothing tells whose it would be.
+            runs.extend(run for run in page if "fingerprint" in (run.parameters.get("summary") or {}))
             if len(page) < PAGE:
                 return sorted(runs, key=_created)
 
@@ -289,8 +312,13 @@ class PrefectJobs(Jobs):
                 job = _job_of(run, steps_of(steps.get(run.id, ()), of=run.state), fetches, environments)
                 if job.ended:
                     # Not before: while stages are still publishing, indexes would shift under the consumer.
-                    job = replace(job, results=await self._results(job))
-                if job.finished and (datetime.now(UTC) - job.finished).total_seconds() > SETTLED:
+                    results = await self._results(job)
+                    job = replace(job, results=results or ())
+                if (
+                    job.finished
+                    and results is not None
+                    and (datetime.now(UTC) - job.finished).total_seconds() > SETTLED
+                ):
                     self._ended[_key(run)] = job
             jobs.append(job)
         return jobs
@@ -326,24 +354,25 @@ class PrefectJobs(Jobs):
             if artifact.flow_run_id is not None and artifact.key is not None
         }
 
-    async def _results(self, job: Job) -> tuple[Result, ...]:
+    async def _results(self, job: Job) -> tuple[Result, ...] | None:
+        """None while nobody can tell: a status must not fail because the store is away, nor remember that it was."""
         block = (await self._blocks()).get(job.environment)
         if block is None:
-            return ()
+            return None
         try:
             manifest: Manifest | None = await asyncio.to_thread(block.store().manifest, job.id)
         except StoreUnavailable:
-            # A status must not fail because the store is away; the results are back when it is.
-            return ()
+            return None
         return tuple(
             Result(filename=file.path, filesize=file.size, media_type=file.type, kind=file.kind, sha256=file.sha256)
             for file in (manifest.ordered() if manifest else ())
         )
 
     async def _blocks(self) -> dict[str, ComputeEnvironment]:
-        if None not in self._blocks_cache:
-            self._blocks_cache[None] = await load_environments(self._client)
-        return self._blocks_cache[None]
+        known = self._blocks_cache.get(None)
+        if known is None:
+            known = self._blocks_cache[None] = await load_environments(self._client)
+        return known
 
     async def _obstacle(self, block: ComputeEnvironment) -> str | None:
         if not self._local_workers or block.allow_unsandboxed:
@@ -351,15 +380,16 @@ class PrefectJobs(Jobs):
         return await asyncio.to_thread(block.make_runner().obstacle)
 
     async def _deployment(self, environment: str) -> UUID:
-        if environment not in self._deployments:
+        known = self._deployments.get(environment)
+        if known is None:
             try:
-                deployment = await self._client.read_deployment_by_name(f"{FLOW_NAME}/{environment}")
+                known = (await self._client.read_deployment_by_name(f"{FLOW_NAME}/{environment}")).id
             except ObjectNotFound:
                 raise NotReady(
                     "This environment is announced but not deployed yet; its operator has to run `prefect deploy`."
                 ) from None
-            self._deployments[environment] = deployment.id
-        return self._deployments[environment]
+            self._deployments[environment] = known
+        return known
 
     async def _environment_state(self, block: ComputeEnvironment) -> EnvironmentState:
         tag = _environment_tag(block.offer.id)
@@ -437,7 +467,6 @@ def _job_of(
         stop_request=stop_request(state, status),
         algorithm_did=summary["algorithm"],
         input_dids=tuple(summary["inputs"]),
-        whitelist=tuple(summary["whitelist"]),
     )
 
 

@@ -25,6 +25,11 @@ _LIVE: Final = {
 }
 
 
+def silent(last_seen: datetime | None, now: datetime) -> bool:
+    """Whether the workers last seen then count as away."""
+    return last_seen is None or (now - last_seen).total_seconds() > SILENT_AFTER
+
+
 def why_waiting(environment: EnvironmentState | None, now: datetime) -> str:
     """For a job no worker has taken yet."""
     if environment is None:
@@ -32,9 +37,9 @@ def why_waiting(environment: EnvironmentState | None, now: datetime) -> str:
     offer = environment.offer
     if environment.last_seen is None:
         return f"waiting for a worker: none has ever reported for `{offer.id}`"
-    silent = (now - environment.last_seen).total_seconds()
-    if silent > SILENT_AFTER:
-        return f"waiting for a worker: none has reported for `{offer.id}` for {silent:.0f} s"
+    if silent(environment.last_seen, now):
+        seconds = (now - environment.last_seen).total_seconds()
+        return f"waiting for a worker: none has reported for `{offer.id}` for {seconds:.0f} s"
     if environment.running >= offer.max_jobs:
         return f"waiting for a free slot: {environment.running} of {offer.max_jobs} jobs are running in `{offer.id}`"
     return "waiting to be picked up by a worker"

@@ -48,10 +48,14 @@ def _utf8(value: str) -> str:
 
 
 def _json(value: Any) -> Any:
-    """Free values, kept to what JSON has and to a depth that everything they pass through can serialize."""
+    """Free values, kept to what JSON has, and to a size and depth that all they pass through can take."""
     todo = [(value, 0)]
+    seen = 0
     while todo:
         part, depth = todo.pop()
+        seen += len(part) if isinstance(part, str) else 1
+        if seen > LARGEST_JSON:
+            raise ValueError(f"has more than {LARGEST_JSON} characters and values")
         if depth > DEEPEST:
             raise ValueError(f"is nested more than {DEEPEST} deep")
         match part:
@@ -67,6 +71,7 @@ def _json(value: Any) -> Any:
 
 
 DEEPEST: Final = 100
+LARGEST_JSON: Final = 1_000_000
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 Text = Annotated[str, AfterValidator(_utf8)]
@@ -133,18 +138,20 @@ class Container(Document):
     image: Scalar = ""
     tag: Annotated[Scalar, BeforeValidator(_text)] = "latest"
     checksum: Scalar | None = None
-    entrypoint: Annotated[str, StringConstraints(max_length=10_000)] = ""
+    entrypoint: Annotated[Text, StringConstraints(max_length=10_000)] = Field(default="", repr=False)
 
 
 class Algorithm(Document):
-    """One of url, rawcode, remote; ``url`` wins over ``rawcode``, as in the document's own example."""
+    """
+    One of url, rawcode, remote; ``url`` wins over ``rawcode``, as in the document's own example. ``algouserdata``
+    belongs to fetching a remote algorithm and is passed over until there is that.
+    """
 
     id: Scalar | None = None
     url: Annotated[str, StringConstraints(max_length=8_192)] | None = Field(default=None, repr=False)
     rawcode: Text | None = Field(default=None, repr=False)
     remote: Remote | None = None
     container: Container = Container()
-    algouserdata: Json = Field(default=None, repr=False)
     algocustomdata: Json = Field(default=None, repr=False)
     envs: Mapping[Text, Annotated[Text, BeforeValidator(_text)]] | None = Field(default=None, repr=False)
 
@@ -159,7 +166,6 @@ class Output(Document):
     )
     node_uri: Scalar | None = Field(default=None, validation_alias=AliasChoices("nodeUri", "nodeUrl"))
     brizo_address: Scalar | None = Field(default=None, validation_alias=AliasChoices("brizoAddress"))
-    metadata: Json = None
     whitelist: tuple[Scalar, ...] = ()
     owner: Scalar | None = None
     publish_output: Flag = Field(default=True, validation_alias=AliasChoices("publishoutput", "publishOutput"))

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import socket
+import stat
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -192,6 +193,7 @@ def link_stage_outputs(outputs: Path, into: Path) -> tuple[FetchedFile, ...]:
         One per file, sorted by path; *position* is the place in that order, *input_id* the name of *into*.
     """
     linked = []
+    into.mkdir(parents=True, exist_ok=True)
     for position, relative in enumerate(regular_files(outputs)):
         started = time.monotonic()
         target = into / relative
@@ -238,6 +240,9 @@ def _folder_name(did: str) -> str:
 
 
 def _link_or_copy(source: BufferedReader, path: Path, target: Path) -> tuple[int, str]:
+    # A file written the careful way, by mkstemp and rename, is 0600; the next stage may be another user, and a linked
+    # file is not handed over to it. What keeps others out is the job's folder.
+    os.fchmod(source.fileno(), stat.S_IMODE(os.fstat(source.fileno()).st_mode) | 0o444)
     try:
         os.link(path, target, follow_symlinks=False)
     except OSError as error:

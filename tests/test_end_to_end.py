@@ -115,6 +115,7 @@ def jobs(consumer: Consumer, files: FileServer) -> dict[str, str]:
                     ],
                     algorithm=code(
                         f"# {MARKER}\n" + SEES_EVERYTHING,
+                        container={**code("")["container"], "entrypoint": f": {MARKER}; python3 $ALGO"},
                         id="did:op:cc",
                         algocustomdata={"threshold": 3, "note": MARKER},
                         algouserdata={"token": MARKER},

@@ -104,7 +104,6 @@ async def test_a_job_that_was_taken_in(jobs: Jobs) -> None:
     wanted = document(
         input=[data("did:op:b", index=1), data("did:op:a", index=0)],
         algorithm={"id": "did:op:c"},
-        output={"whitelist": ["0x2", "0x1"]},
     )
     job = await jobs.submit(wanted)
     assert (wanted.agreement_id, wanted.owner, ENVIRONMENT) == (job.agreement_id, job.owner, job.environment)
@@ -112,11 +111,7 @@ async def test_a_job_that_was_taken_in(jobs: Jobs) -> None:
     assert (Status.WARMING_UP, None, False) == (job.status, job.finished, job.ended)
     assert "waiting" in job.reason
     assert [Status.WARMING_UP] == [transition.status for transition in job.history]
-    assert ("did:op:c", ("did:op:a", "did:op:b"), ("0x1", "0x2")) == (
-        job.algorithm_did,
-        job.input_dids,
-        job.whitelist,
-    )
+    assert ("did:op:c", ("did:op:a", "did:op:b")) == (job.algorithm_did, job.input_dids)
     assert (0.0, 1, ()) == (job.progress, job.stages, job.results)
     assert job == await only(jobs.find(by_id(job)))
 

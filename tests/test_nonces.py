@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pgserver.postgres_server import get_server
 
 from api.nonces import Nonces
 from flows.errors import NotReady, ReplayedNonce
@@ -25,7 +24,7 @@ RACES = 300
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
-        server = get_server(Path(folder) / "data")
+        server = pytest.importorskip("pgserver.postgres_server").get_server(Path(folder) / "data")
         yield server.get_uri().replace("postgresql://", "postgresql+asyncpg://")
         server.cleanup()
 

@@ -437,13 +437,13 @@ agreement 111, owner 0x3aA8c0B3dE1f57d294f6B1c5a7E9024D86Fb51c2: 2 stage(s)
 
 stage 0 in default
   input      did:op:01: 2 URL(s)
-  algorithm  fit (by URL): python3 $ALGO
+  algorithm  fit (by URL) for python
   limits     60 s, 2 GiB memory, 10 GiB disk, 1 cpu, 0 gpu
   publishes  outputs and log
 
 stage 1 in default, after stage 0
   input      stage-0: stage 0
-  algorithm  unnamed (raw code): sh $ALGO
+  algorithm  unnamed (raw code) for python
   limits     60 s, 0.5 GiB memory, 10 GiB disk, 1 cpu, 0 gpu
   publishes  nothing
 
@@ -491,7 +491,7 @@ def test_no_secret_in_what_is_shown_of_a_plan() -> None:
     ):
         document = parsed(one)
         plan = compile_plan(document, OFFERS)
-        assert MARKER not in f"{plan} {plan!r} {summary_of(plan, document)} {plan.stages[0]!r}"
+        assert MARKER not in f"{plan} {plan!r} {summary_of(plan)} {plan.stages[0]!r}"
     broken = stage(
         url=f"gopher://{host}",
         algorithm={**secrets, "envs": {f"{MARKER}-": MARKER, "HOME": MARKER}, "id": f"../{MARKER}"},
@@ -574,5 +574,5 @@ def test_a_document_is_taken_or_refused(document: Any) -> None:
         return
     assert str(plan)
     assert document_digest(read)
-    assert str(summary_of(plan, read))
+    assert str(summary_of(plan))
     assert plan == compile_plan(parse_workflow(read.model_dump(mode="json")), OFFERS)

@@ -65,7 +65,6 @@ def test_the_document_of_the_spec_is_taken_as_printed() -> None:
     assert "https://nile.dev-ocean.com" == only.output.node_uri
     assert "https://brizo.marketplace.dev-ocean.com" == only.output.brizo_uri
     assert "0x4aaab179035dc57b35e2ce066919048686f82972" == only.output.brizo_address
-    assert {"name": "Workflow output"} == only.output.metadata
     assert "https://aquarius.marketplace.dev-ocean.com" == only.output.metadata_uri
     assert "https://secret-store.nile.dev-ocean.com" == only.output.secret_store_uri
     assert 2 == len(only.output.whitelist)
@@ -159,8 +158,8 @@ def test_free_values_survive_sealing(custom: Any, user: Any, code: str, variable
         ("rawcode", "print('\ud800')"),
         ("algocustomdata", {"deep": "\udfff"}),
         ("algocustomdata", {"\ud800": 1}),
-        ("algouserdata", float("nan")),
-        ("algouserdata", [float("inf")]),
+        ("algocustomdata", float("nan")),
+        ("algocustomdata", [float("inf")]),
     ],
 )
 def test_what_cannot_be_written_down_again_is_refused(key: str, value: object) -> None:
