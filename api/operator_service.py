@@ -100,9 +100,8 @@ class Start(Signed):
     def _unwrapped(cls, values: Any) -> Any:
         """A document posted as it is, without the outer key: its stages tell."""
         if isinstance(values, dict) and "workflow" not in values and "stages" in values:
-            return {"workflow": values, "environment": values.get("environment", "")} | {
-                name: values[name] for name in ("providerSignature", "nonce") if name in values
-            }
+            beside = ("environment", "providerSignature", "nonce")
+            return {"workflow": values} | {name: values[name] for name in beside if name in values}
         return values
 
     @property

@@ -116,6 +116,13 @@ def test_the_other_spelling_of_every_key_is_accepted(local: Client) -> None:
     assert 200 == local.post(INIT, json=body).status_code
 
 
+def test_a_document_needs_no_outer_key(local: Client) -> None:
+    """A document posted as ``c2d plan`` reads it is the same job as one under ``workflow``."""
+    document = workflow()
+    bare, wrapped = local.post(INIT, json=document), local.post(INIT, json={"workflow": document})
+    assert (200, bare.text) == (wrapped.status_code, wrapped.text)
+
+
 def test_the_example_in_the_api_description_is_that_of_the_document(local: Client) -> None:
     """Whoever tries it out from /docs sends what spec 000 prints."""
     description = local.get("/openapi.json").json()["paths"][INIT]["post"]
