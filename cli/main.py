@@ -42,22 +42,19 @@ def up(*, state: Path | None = None, api_port: int = 8050, prefect_port: int = 4
         state=state or state_folder(),
         api_port=api_port,
         prefect_port=prefect_port,
-        say=lambda line: _console.print(f"starting: {line}"),
+        say=lambda line: _line(f"starting: {line}"),
     )
     try:
         with service:
-            _console.print(f"\nAPI            {service.api_url}")
-            _console.print(f"documentation  {service.api_url}/docs")
-            _console.print(f"Prefect UI     {service.prefect_url}")
-            _console.print(f"state          {service.state}")
-            _console.print(f"sandbox        {sandbox_line()}\n\nCtrl-C stops the service.")
-            failed = wait_for_interrupt(service)
-            _console.print("stopping; jobs in flight go on at the next start")
+            _line(f"\nAPI            {service.api_url}")
+            _line(f"documentation  {service.api_url}/docs")
+            _line(f"Prefect UI     {service.prefect_url}")
+            _line(f"state          {service.state}")
+            _line(f"sandbox        {sandbox_line()}\n\nCtrl-C stops the service.")
+            wait_for_interrupt(service)
+            _line("stopping; jobs in flight go on at the next start")
     except (CannotStart, KeyboardInterrupt) as problem:
-        _errors.print(f"[red]{problem or 'interrupted'}[/red]")
-        return 1
-    if failed is not None:
-        _errors.print(f"[red]{failed.name} ended by itself; its log is {failed.log}[/red]")
+        _failed(str(problem) or "interrupted")
         return 1
     return 0
 
@@ -75,7 +72,7 @@ def demo(*, state: Path | None = None) -> int:
     try:
         run_demo(state or state_folder() / "demo", _console)
     except (CannotStart, DemoFailed, httpx.HTTPError) as problem:
-        _errors.print(f"[red]the demo failed: {problem}[/red]")
+        _failed(f"the demo failed: {problem}")
         return 1
     return 0
 
@@ -105,6 +102,15 @@ def plan(workflow: Path, *, environments: Annotated[Path, Parameter()] = ROOT / 
             _errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
         return 1
     return 0
+
+
+def _line(text: str) -> None:
+    """As it is: no markup in a path, no line break in an address that somebody copies."""
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _failed(text: str) -> None:
+    _errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def sandbox_line() -> str:

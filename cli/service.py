@@ -1,36 +1,48 @@
 """
 The whole service on one machine: Prefect server on SQLite, a worker, the API. All on loopback, all in one folder.
 
-For several machines each part is started by its own means instead; see docs/deploy.md.
+For several machines each part is started by its own means instead; see docs/operate.md.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self
+from typing import Any, Final, Self
 
 import httpx
 import psutil
+import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Cancelled
+from pydantic import ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from blocks.environment import ComputeEnvironment
 from flows.compute import FLOW_NAME
 from flows.environments import read_definitions
-from flows.prefect_jobs import LIVE
+from flows.prefect_jobs import LIVE_STATES
 from flows.sealing import create_key_file
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -43,9 +55,31 @@ START_DEADLINE: Final = 180.0
 
 STOP_DEADLINE: Final = 20.0
 
+RESTARTS: Final = 3
+RESTARTS_WITHIN: Final = 3600.0
+"""Seconds. A part that ends by itself is started again; more than RESTARTS in this time are no accident any more."""
+
+MARK: Final = "C2D_SERVICE"
+"""
+Environment variable of every part, and so of whatever a part starts. By it a process is known whose part was killed:
+it has no parent any more that would lead to it.
+"""
+
+_SERVER: Final = "prefect-server"
+_API: Final = "api"
+_WORKER: Final = "worker"
+
+_IN_PROGRESS: Final = FlowRunFilter(
+    state=FlowRunFilterState(
+        type=FlowRunFilterStateType(any_=[kind for kind in LIVE_STATES if kind is not StateType.SCHEDULED])
+    )
+)
+_EXCERPT: Final = 15
+"""Lines of a log that are shown when its part fails."""
+
 
 class CannotStart(Exception):
-    """A part did not come up; the message names it and its log."""
+    """The service cannot be started or kept up; the message says why and names the log that tells more."""
 
 
 def free_port() -> int:
@@ -63,17 +97,29 @@ class Part:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    since: int = 0
+    """Where in its log this process begins; before it are those of earlier starts."""
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    @property
+    def ending(self) -> str:
+        """How it ended, for a sentence about it."""
+        code = self.process.poll()
+        return f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+
+    def family(self) -> list[psutil.Process]:
+        """Itself and all that it has started; empty if it is not alive."""
+        with suppress(psutil.NoSuchProcess):
+            top = psutil.Process(self.process.pid)
+            return [top, *top.children(recursive=True)]
+        return []
+
     def stop(self) -> None:
         """Ask it to end, then make it; what it started goes with it."""
-        try:
-            family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            family = []
+        family = self.family()
         self.process.terminate()
         try:
             self.process.wait(STOP_DEADLINE)
@@ -81,7 +127,8 @@ class Part:
             self.process.kill()
             self.process.wait()
         for process in psutil.wait_procs(family, timeout=1.0)[1]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @dataclass
@@ -104,6 +151,10 @@ class Service:
     prefect_port: int = 0
     say: Callable[[str], None] = lambda line: None
     parts: list[Part] = field(default_factory=list)
+    """The Prefect server first, then what relies on it."""
+    _environments: list[ComputeEnvironment] = field(default_factory=list, repr=False)
+    _mark: str = ""
+    _restarts: list[float] = field(default_factory=list)
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -127,67 +178,108 @@ class Service:
     ) -> None:
         self.stop()
 
-    def failed_part(self) -> Part | None:
-        """A part that ended by itself, if any did."""
-        return next((part for part in self.parts if not part.alive), None)
+    def keep_up(self) -> None:
+        """
+        Start again whatever part has ended by itself; to be called every now and then.
+
+        Raises:
+            CannotStart: It has come to that too often. The service is to be stopped then.
+        """
+        for part in [part for part in self.parts if not part.alive]:
+            if part not in self.parts:
+                continue  # replaced with the one before it
+            now = time.monotonic()
+            self._restarts = [at for at in self._restarts if now - at < RESTARTS_WITHIN] + [now]
+            if len(self._restarts) > RESTARTS:
+                raise CannotStart(
+                    f"{part.name} {part.ending}; parts have been started again {RESTARTS} times within "
+                    f"{RESTARTS_WITHIN / 3600:g} h already, so the service ends. {self._log_of(part)}"
+                )
+            self.say(f"{part.name} once more, since it {part.ending}")
+            self._replace(part)
+
+    def _replace(self, part: Part) -> None:
+        if part.name == _SERVER:
+            # All others rely on it, and none is known to make up for what it has missed.
+            self._stop_parts()
+            self._start_parts()
+        elif part.name == _API:
+            self.parts.remove(part)
+            self._until_healthy(self._launch_api(), f"{self.api_url}/health")
+        else:
+            for worker in [part for part in self.parts if part.name.startswith(_WORKER)]:
+                self.parts.remove(worker)
+                worker.stop()
+            self._end_strays()
+            self._take_up_jobs()
+            self._launch_workers()
 
     def _start(self) -> None:
+        self._environments = self._read_definitions()
         self.state = self.state.resolve()
-        self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (self.state / "logs").mkdir(exist_ok=True)
-        self._lock()
-        create_key_file(self.state / "key")
-        self.prefect_port = self.prefect_port or free_port()
-        self.api_port = self.api_port or free_port()
+        try:
+            self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (self.state / "logs").mkdir(exist_ok=True)
+            self._lock()
+            create_key_file(self.state / "key")
+        except OSError as fault:
+            raise CannotStart(f"the state folder {self.state} cannot be used: {fault.strerror}") from None
+        # Before the ports are looked at: what a service killed a moment ago has left may still hold them.
+        self._end_strays()
+        self.prefect_port = _usable_port(self.prefect_port, "the Prefect server")
+        self.api_port = _usable_port(self.api_port, "the API")
+        self._start_parts()
 
-        self.say("Prefect server")
-        self._launch(
-            "prefect-server",
-            [
-                sys.executable,
-                "-m",
-                "prefect",
-                "server",
-                "start",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                f"{self.prefect_port}",
-            ],
+    def _start_parts(self) -> None:
+        self.say("Prefect server, API")
+        server = self._launch(
+            _SERVER, [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", f"{self.prefect_port}"]
         )
-        self._until_healthy(self.parts[-1], f"{self.prefect_url}/api/health")
-        self.say("work pool, environment, deployments (prefect deploy --all)")
-        self._deploy()
-        resumed = self._hand_back()
-        if resumed:
-            self.say(f"{resumed} job(s) in flight at the last stop go on")
-        for pool in sorted({b.work_pool for b in read_definitions(self.definitions) if b.work_pool_type == "process"}):
+        # The API asks Prefect nothing before it is asked something itself, so the two can load side by side.
+        api = self._launch_api()
+        self._until_healthy(server, f"{self.prefect_url}/api/health")
+        self.say("work pools, environments, deployments (prefect deploy --all)")
+        deploy = self._launch(
+            "deploy", [*_PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(self.definitions)]
+        )
+        self._take_up_jobs()
+        self._until_done(deploy)
+        # Not earlier: a job that waits must not be run by the rules that held before this deployment.
+        self._launch_workers()
+        self._until_healthy(api, f"{self.api_url}/health")
+
+    def _launch_api(self) -> Part:
+        return self._launch(_API, [sys.executable, "-m", "api.main"])
+
+    def _launch_workers(self) -> None:
+        for pool in sorted({block.work_pool for block in self._environments if block.work_pool_type == "process"}):
             self.say(f"worker of work pool {pool}")
             self._launch(
-                f"worker-{pool}",
+                f"{_WORKER}-{pool}",
                 [*_PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-embedded"],
             )
-        self.say("API")
-        self._launch(
-            "api",
-            [sys.executable, "-m", "api.main"],
-        )
-        self._until_healthy(self.parts[-1], f"{self.api_url}/health")
+
+    def _take_up_jobs(self) -> None:
+        if resumed := self._hand_back():
+            self.say(f"{resumed} job(s) that were in flight begin anew")
 
     def stop(self) -> None:
         """
         End every part, the Prefect server last: it has to hear of the jobs that are handed back. Safe to repeat.
         """
+        self._stop_parts()
+        self._stack.close()
+
+    def _stop_parts(self) -> None:
         while len(self.parts) > 1:
             self.parts.pop().stop()
+        self._end_strays()
         if self.parts and self.parts[0].alive:
-            try:
+            # A server that does not answer: then it is done at the next start.
+            with suppress(httpx.HTTPError):
                 self._hand_back()
-            except httpx.HTTPError as fault:
-                self.say(f"jobs in flight are handed back at the next start ({type(fault).__name__})")
         if self.parts:
             self.parts.pop().stop()
-        self._stack.close()
 
     def environment(self) -> dict[str, str]:
         """The environment variables of every part; also those a `prefect` command needs to speak to this service."""
@@ -211,34 +303,67 @@ class Service:
             **self.variables,
         }
 
+    def _read_definitions(self) -> list[ComputeEnvironment]:
+        """Read before anything is started, since it is where an operator's mistakes are."""
+        try:
+            return read_definitions(self.definitions)
+        except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError) as fault:
+            raise CannotStart(f"{self.definitions} cannot be used: {_without_values(fault)}") from None
+
     def _lock(self) -> None:
         file = self._stack.enter_context((self.state / "lock").open("w"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CannotStart(f"another service is running in {self.state}; stop it or name another folder") from None
+        # Not the path: a container's service may have the same one, and root sees the processes of both.
+        found = os.fstat(file.fileno())
+        self._mark = f"{found.st_dev}:{found.st_ino}"
 
-    def _launch(self, name: str, command: list[str]) -> None:
+    def _end_strays(self) -> None:
+        """
+        End what was started by a part that is gone.
+
+        A worker that is killed leaves the processes of its jobs behind. Their jobs are begun anew, and would run
+        twice at the same time, in one folder.
+        """
+        mark = f"{MARK}={self._mark}".encode()
+        known = {process.pid for part in self.parts for process in part.family()} | {os.getpid()}
+        while self._mark:
+            strays = []
+            for process in psutil.process_iter():
+                with suppress(OSError, psutil.Error):
+                    environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+                    if process.pid not in known and mark in environment.split(b"\0"):
+                        process.kill()
+                        strays.append(process)
+            psutil.wait_procs(strays, timeout=STOP_DEADLINE)
+            if not strays:
+                return
+
+    def _launch(self, name: str, command: list[str]) -> Part:
         log = self.state / "logs" / f"{name}.log"
-        output: IO[bytes] = self._stack.enter_context(log.open("ab"))
         # If this process is killed outright, nothing may be left behind: the kernel ends each part for us. And a
         # shell that starts us in the background has SIGINT ignored, which a worker would inherit and never stop.
         guarded = ["env", "--default-signal=INT", "setpriv", "--pdeathsig", "TERM", "--", *command]
-        process = subprocess.Popen(
-            guarded,
-            cwd=ROOT,
-            env=self.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.parts.append(Part(name, process, log))
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                guarded,
+                cwd=ROOT,
+                env={**self.environment(), MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            part = Part(name, process, log, since=output.tell())
+        self.parts.append(part)
+        return part
 
     def _until_healthy(self, part: Part, url: str) -> None:
         def check() -> None:
             if not part.alive:
-                raise CannotStart(f"{part.name} ended while it started; its log is {part.log}")
+                raise CannotStart(f"{part.name} {part.ending} while it started. {self._log_of(part)}")
             httpx.get(url, timeout=5.0).raise_for_status()
 
         try:
@@ -249,25 +374,38 @@ class Service:
                 reraise=True,
             )(check)
         except httpx.HTTPError:
-            raise CannotStart(
-                f"{part.name} did not answer within {START_DEADLINE:g} s; its log is {part.log}"
-            ) from None
+            raise CannotStart(f"{part.name} did not answer within {START_DEADLINE:g} s. {self._log_of(part)}") from None
 
-    def _deploy(self) -> None:
-        log = self.state / "logs" / "deploy.log"
-        with log.open("ab") as output:
-            done = subprocess.run(
-                [*_PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(self.definitions)],
-                cwd=ROOT,
-                env=self.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=START_DEADLINE,
-                check=False,
-            )
-        if done.returncode:
-            raise CannotStart(f"`prefect deploy --all` failed; its log is {log}")
+    def _until_done(self, part: Part) -> None:
+        try:
+            code = part.process.wait(START_DEADLINE)
+        except subprocess.TimeoutExpired:
+            raise CannotStart(f"{part.name} has not ended within {START_DEADLINE:g} s. {self._log_of(part)}") from None
+        if code:
+            raise CannotStart(f"{part.name} {part.ending}. {self._log_of(part)}")
+        self.parts.remove(part)
+
+    def _log_of(self, part: Part) -> str:
+        """Where its log is, and how it ends, without what may be secret in it."""
+        with part.log.open("rb") as file:
+            file.seek(part.since)
+            said = file.read().decode(errors="replace")
+        lines = self._without_secrets(said).rstrip().splitlines()[-_EXCERPT:]
+        return f"Its log is {part.log}" + ("".join(f"\n  {line}" for line in lines) if lines else ", and it is empty.")
+
+    def _without_secrets(self, text: str) -> str:
+        """
+        *text* without credentials: those of the definitions and of the environment, logins in URLs, and what
+        pydantic quotes of a value that it refuses.
+        """
+        options = [block.results_options for block in self._environments]
+        options += [block.fetch_options for block in self._environments]
+        secrets = {*_texts([option.get_secret_value() for option in options]), *_credentials(self.environment())}
+        for secret in sorted(secrets, key=len, reverse=True):
+            # Prefect breaks the lines that it prints, and draws frames around some: also in the middle of a word.
+            text = re.sub(r"[\s│]*".join(map(re.escape, secret)), "***", text)
+        text = re.sub(r"(?<=://)[^\s/@]+@", "***@", text)
+        return re.sub(r"input_value=.*?(?=,[\s│]+input_type=|$)", "input_value=***", text, flags=re.DOTALL)
 
     def _hand_back(self) -> int:
         """
@@ -280,31 +418,80 @@ class Service:
             temporary_settings({PREFECT_API_URL: f"{self.prefect_url}/api"}),
             get_client(sync_client=True) as client,
         ):
-            runs = client.read_flow_runs(
-                flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW_NAME])), flow_run_filter=LIVE
-            )
-            for run in runs:
-                if run.state is None or run.state.is_scheduled():
-                    continue
-                if run.state.is_cancelling():
-                    client.set_flow_run_state(run.id, Cancelled(message="stopped on request"), force=True)
-                else:
-                    client.set_flow_run_state(run.id, AwaitingRetry(message="the service was shut down"), force=True)
-                    handed_back += 1
+
+            def in_progress() -> list[FlowRun]:
+                return client.read_flow_runs(
+                    flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW_NAME])), flow_run_filter=_IN_PROGRESS
+                )
+
+            # Again until there is none: an answer holds a page at most, and what is dealt with is not in the next.
+            while runs := in_progress():
+                for run in runs:
+                    # Not found: it was deleted meanwhile, which the API can do while a worker is being replaced.
+                    with suppress(ObjectNotFound):
+                        if run.state is not None and run.state.is_cancelling():
+                            client.set_flow_run_state(run.id, Cancelled(message="stopped on request"), force=True)
+                        else:
+                            again: State[Any] = AwaitingRetry(message="the service was shut down")
+                            client.set_flow_run_state(run.id, again, force=True)
+                            handed_back += 1
         return handed_back
 
 
+def _usable_port(port: int, user: str) -> int:
+    """*port*, or a free one for 0. Raises: CannotStart if it cannot be listened on."""
+    if port == 0:
+        return free_port()
+    with socket.socket() as probe:
+        # As servers do: connections that were closed a moment ago are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as fault:
+            reason = (fault.strerror or str(fault)).lower()
+            raise CannotStart(f"port {port} cannot be used for {user}: {reason}; choose another") from None
+    return port
+
+
+def _without_values(fault: Exception) -> str:
+    """What is wrong with a file and where, without anything that stands in it: it may hold credentials."""
+    if isinstance(fault, ValidationError):
+        problems = fault.errors(include_input=False, include_url=False, include_context=False)
+        return "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
+    if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark is not None:
+        return f"line {fault.problem_mark.line + 1}: {fault.problem}"
+    return fault.strerror or type(fault).__name__ if isinstance(fault, OSError) else type(fault).__name__
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in *value* that is long enough to be a secret and not a word of any sentence."""
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+    elif isinstance(value, str) and len(value) >= 6:
+        yield value
+
+
+def _credentials(variables: Mapping[str, str]) -> Iterator[str]:
+    for name, value in variables.items():
+        if re.search("KEY|TOKEN|SECRET|PASSW|AUTH|CREDENTIAL", name) and not name.endswith("_FILE"):
+            yield from _texts(value)
+
+
 def interruptible() -> None:
-    """SIGTERM ends this program as Ctrl-C does; so does SIGINT where a shell started it with SIGINT ignored."""
+    """
+    SIGTERM ends this program as Ctrl-C does; so does SIGINT where a shell started it with SIGINT ignored, and the
+    end of its terminal, unless it was started by nohup.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
-def wait_for_interrupt(service: Service) -> Part | None:
-    """Block until Ctrl-C or SIGTERM (None), or until a part has ended by itself (that part)."""
-    try:
-        while (failed := service.failed_part()) is None:
+def wait_for_interrupt(service: Service) -> None:
+    """Keep *service* up until Ctrl-C or SIGTERM. Raises: CannotStart if it cannot be kept up."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            service.keep_up()
             time.sleep(0.5)
-        return failed
-    except KeyboardInterrupt:
-        return None

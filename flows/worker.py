@@ -1,0 +1,713 @@
+"""
+A worker of type ``warm-process``: a Prefect process worker that begins a run within a fraction of a second.
+
+Two things differ from Prefect's own worker of type ``process``.
+
+**It is woken.** It listens to the server's events and asks for work as soon as a run of its pool is scheduled or a
+slot is free. Asking every ``PREFECT_WORKER_QUERY_SECONDS`` stays, for events that were lost.
+
+**It forks.** A run is a fork of a process that has imported everything and done nothing else, the fork server::
+
+    worker ──socket, one byte and one end of a socket pair per run──▶ fork server ──fork──▶ run
+       └──────────────── socket pair: what to run ▶, ◀ pid, ◀ exit code ────────────────────┘
+
+The fork server is started with the environment of the runs it will fork, so what was read at import (Prefect's
+settings and its logging among it) is what the run would have read itself. There is one server for each environment
+met. It has one thread and one socket, and learns nothing about a run: what to run is read by the child. Nothing of
+one run can reach another, then; each is a fresh fork, leads a session of its own and ends as an interpreter ends.
+
+Everything else is Prefect's: claiming runs, slots, heartbeat, cancellation, hooks, what a bad exit code means. A run
+that this cannot be done for is given to Prefect's own code: one whose deployment has pull steps or an entrypoint in
+a file, one with a command of its own, and any run while no fork server will start.
+
+Linux only, as the sandbox is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import logging
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+from uuid import UUID
+
+import anyio
+import anyio.abc
+import httpx
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter, EventResourceFilter
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.flows import load_flow_from_flow_run
+from prefect.settings import get_current_settings
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
+from pydantic import PrivateAttr
+
+# isort: split
+# What Prefect keeps to itself, all of it here. It is how its own process worker is built, and pyproject.toml
+# stays below 3.10. If one of these moves, the import fails, `prefect worker start` finds no such type,
+# and tests/test_worker.py says so; work_pool_type `process` is the way back. Used beside these and named in comments:
+# BaseWorker._initialize_after_sync, _release_limit_slot, _runs_task_group, _scheduled_task_scopes.
+from prefect.runner._flow_run_executor import FlowRunExecutionResult, FlowRunExecutorContext
+from prefect.runner._hook_runner import HookRunner
+from prefect.runner._process_manager import ProcessHandle
+from prefect.runner._starter_engine import EngineCommandStarter
+
+if TYPE_CHECKING:
+    from prefect.runner._control_channel import ControlChannel
+
+WORKER_TYPE: Final = "warm-process"
+
+START_DEADLINE: Final = 60.0
+"""Seconds a fork server may take to import everything."""
+
+RETRY_SECONDS: Final = 60.0
+"""After a fork server failed to start, runs are started cold for so long."""
+
+STOP_GRACE: Final = 30.0
+"""Seconds between asking a run that is stopped to end and making it; as Prefect's."""
+
+SHUTDOWN_GRACE: Final = 8.0
+"""The same when the worker is being ended, which is itself given a deadline by whoever ends it."""
+
+SECOND_LOOK_SECONDS: Final = 0.3
+"""After an event that there was no work for."""
+
+SERVERS: Final = 4
+"""Environments that a fork server is kept for; beyond it the one not used for longest goes."""
+
+_PER_RUN: Final = "PREFECT__"
+"""Prefix of the variables that tell a run who it is. Nothing reads them at import."""
+
+PRELOADED: Final = (
+    "flows.compute",
+    "prefect.flow_engine",
+    # Prefect imports these when it first needs them, in every run.
+    "encodings.idna",
+    "prefect.task_engine",
+    "prefect.utilities.visualization",
+)
+"""What a fork server imports: what a run imports, and nothing that connects, starts a thread or opens a file."""
+
+_PACKAGES: Final = ("flows", "tasks", "blocks")
+"""What a fork server has imported of this project."""
+
+_PROGRAM: Final = "from flows.worker import serve; serve()"
+
+_PR_SET_PDEATHSIG: Final = 1
+
+Environment = Mapping[str, str]
+
+
+class NoForkServer(Exception):
+    """A fork server did not start, or is gone; the message says why."""
+
+
+# ---------------------------------------------------------------------------------------------------- fork server
+
+
+def serve() -> None:
+    """
+    Be a fork server. Standard input is the socket to the worker; its end is the end of the server and of every run.
+
+    Returns:
+        In a child only, when the run has ended; the interpreter then ends as after ``python -m prefect.engine``.
+    """
+    # The worker ends us by closing its socket. Whoever signals a whole group means the runs as well, and those
+    # are the worker's to end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for module in PRELOADED:
+        importlib.import_module(module)
+    if len(list(Path("/proc/self/task").iterdir())) != 1:
+        # A lock held by another thread at the time of a fork is held for ever in the child.
+        raise SystemExit(f"fork server: an import has started threads: {threading.enumerate()}")
+    # Kept out of the collector's way: it would write to, and so copy, every page that parent and child share.
+    gc.collect()
+    gc.freeze()
+    libc = ctypes.CDLL(None, use_errno=True)
+    control = socket.socket(fileno=os.dup(0))
+    line = _fork_on_demand(control, os.getpid(), libc)
+    _become(line)
+
+
+def _fork_on_demand(control: socket.socket, server: int, libc: ctypes.CDLL) -> socket.socket:
+    """Fork once for each byte on *control*. Returns in the children only, with their line to the worker."""
+    runs: dict[int, tuple[int, socket.socket]] = {}
+    events = select.poll()
+    events.register(control, select.POLLIN)
+    with contextlib.suppress(BrokenPipeError):  # Given up meanwhile, which is seen below.
+        control.send(b"r")
+    while True:
+        for ready, _ in events.poll():
+            if ready != control.fileno():
+                pid, line = runs.pop(ready)
+                events.unregister(ready)
+                os.close(ready)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with contextlib.suppress(OSError):
+                    line.send(b"exit %d\n" % code)
+                line.close()
+                continue
+            byte, files, _, _ = socket.recv_fds(control, 1, 1)
+            if not byte:
+                # The worker is gone. Its runs go with us: see the death signal below.
+                raise SystemExit(0)
+            line = socket.socket(fileno=files[0])
+            line.set_inheritable(False)
+            try:
+                pid = os.fork()
+            except OSError:
+                line.close()  # without a word, which tells the worker
+                continue
+            if pid == 0:
+                os.setsid()
+                # SIGKILL: the state of the run then stays what it was, so that it can be handed to another worker.
+                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != server:
+                    os._exit(1)
+                control.close()
+                for other, (_, its_line) in runs.items():
+                    os.close(other)
+                    its_line.close()
+                return line
+            pidfd = os.pidfd_open(pid)
+            runs[pidfd] = (pid, line)
+            events.register(pidfd, select.POLLIN)
+
+
+def _become(line: socket.socket) -> None:
+    """Become the run that *line* tells of. This is the only place where a process of ours learns of a run."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with line, line.makefile("r") as told, Path(os.devnull).open("r+b", buffering=0) as nothing:
+        os.dup2(nothing.fileno(), 0)
+        line.send(b"pid %d\n" % os.getpid())
+        request = json.load(told)
+    os.chdir(request["cwd"])
+    if sys.path[0] == "":
+        sys.path[0] = request["cwd"]
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if not request["stream_output"]:
+        os.dup2(0, 1)
+        os.dup2(0, 2)
+    sys.argv = [""]
+    # It is imported already, on purpose; as a program it is run a second time, as with `python -m` as well.
+    warnings.filterwarnings("ignore", r"'prefect\.engine' found in sys\.modules", RuntimeWarning)
+    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+
+
+# --------------------------------------------------------------------------------------------------------- worker
+
+
+class Request(NamedTuple):
+    """What a run is told, as JSON."""
+
+    environment: dict[str, str]
+    cwd: str
+    stream_output: bool
+
+
+@dataclass
+class ForkedRun:
+    """A run's process, in the form Prefect's process handles take: *pid* and *returncode*."""
+
+    pid: int
+    reader: asyncio.StreamReader = field(repr=False)
+    writer: asyncio.StreamWriter = field(repr=False)
+    returncode: int | None = None
+    ended: anyio.Event = field(default_factory=anyio.Event, repr=False)
+
+    async def follow(self) -> None:
+        """Wait for the end, and know the exit code then."""
+        word = (await self.reader.readline()).split()
+        # Without a word the fork server is dead, and so is the run.
+        self.returncode = int(word[1]) if word else -signal.SIGKILL
+        self.writer.close()
+        self.ended.set()
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """Signal the run and what it started in its own session."""
+        if self.returncode is None:
+            os.killpg(self.pid, number)
+
+    # What follows is Prefect's ProcessTerminationScope.
+
+    wait_after_graceful_kill: bool = False
+    """Prefect looks every 3 s whether the process is gone; ``_Hooks`` hears of it."""
+
+    def is_alive(self, pid: int) -> bool:
+        return self.returncode is None
+
+    def graceful_kill(self, pid: int) -> None:
+        self.signal_all(signal.SIGTERM)
+
+    def hard_kill(self, pid: int) -> None:
+        self.signal_all(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Nothing is held that ``follow`` does not close."""
+
+
+@dataclass
+class ForkServer:
+    """A fork server as its worker sees it. It ends when *control* is closed, by us or by our death."""
+
+    control: socket.socket
+    process: asyncio.subprocess.Process
+    stamp: int
+    """State of the code when it was started."""
+    runs: int = 0
+    """Runs of it that have not ended."""
+    retired: bool = False
+
+    @classmethod
+    async def start(cls, environment: Environment) -> Self:
+        """
+        Start one for runs in *environment*, which is to hold nothing about a single run.
+
+        Raises:
+            NoForkServer: It did not come up; it has written why to the worker's log.
+        """
+        stamp = code_stamp()
+        control, theirs = socket.socketpair()
+        control.setblocking(False)
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-c",
+                    _PROGRAM,
+                    stdin=theirs.fileno(),
+                    env=environment,
+                    # Nothing is to be imported from where the worker happens to be; a run looks in its own folder.
+                    cwd="/",
+                    # A Ctrl-C in the terminal is for the worker. Each run leads a session of its own as well.
+                    start_new_session=True,
+                )
+            async with asyncio.timeout(START_DEADLINE):
+                ready = await asyncio.get_running_loop().sock_recv(control, 1)
+        except (OSError, TimeoutError) as problem:
+            control.close()
+            raise NoForkServer(str(problem) or "it did not answer in time") from problem
+        except BaseException:
+            control.close()
+            raise
+        if not ready:
+            control.close()
+            raise NoForkServer(f"it ended with code {await process.wait()}")
+        return cls(control, process, stamp)
+
+    @property
+    def usable(self) -> bool:
+        return not self.retired and self.process.returncode is None and self.stamp == code_stamp()
+
+    async def fork(self, request: Request) -> ForkedRun:
+        """
+        Start a run.
+
+        Raises:
+            NoForkServer: It is gone or cannot fork any more, and is retired. Nothing was started.
+        """
+        ours, theirs = socket.socketpair()
+        line: socket.socket | asyncio.StreamWriter = ours
+        self.runs += 1
+        try:
+            with theirs:
+                socket.send_fds(self.control, [b"f"], [theirs.fileno()])
+            reader, line = await asyncio.open_connection(sock=ours)
+            word = (await reader.readline()).split()
+            if not word or word[0] != b"pid":
+                raise OSError("it ended while it forked")
+            line.write(json.dumps(request._asdict()).encode())
+            line.write_eof()
+        except BaseException as problem:
+            line.close()
+            self.release()
+            if not isinstance(problem, OSError):
+                raise
+            self.retire()
+            raise NoForkServer(str(problem)) from problem
+        return ForkedRun(int(word[1]), reader, line)
+
+    def release(self) -> None:
+        """A run has ended."""
+        self.runs -= 1
+        if self.retired and not self.runs:
+            self.control.close()
+
+    def retire(self) -> None:
+        """Let it end with its last run."""
+        self.retired = True
+        if not self.runs:
+            self.control.close()
+
+
+class ForkServers:
+    """One fork server for each environment met lately, started when first wanted."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        """*warn* is told of every failure to start one, after which it is not tried again for a while."""
+        self._warn = warn
+        self._servers: dict[frozenset[tuple[str, str]], ForkServer] = {}
+        self._failed: dict[frozenset[tuple[str, str]], float] = {}
+        self._starting = asyncio.Lock()
+
+    async def ready(self, environment: Environment) -> ForkServer:
+        """
+        The server for runs in *environment*.
+
+        Raises:
+            NoForkServer: None will start.
+        """
+        shared = {name: value for name, value in environment.items() if not name.startswith(_PER_RUN)}
+        key = frozenset(shared.items())
+        async with self._starting:
+            server = self._servers.pop(key, None)
+            if server is not None and not server.usable:
+                server.retire()
+                server = None
+            if server is None:
+                server = await self._start(key, shared)
+            self._servers[key] = server  # the last one is the one used last
+            for oldest in list(self._servers)[:-SERVERS]:
+                self._servers.pop(oldest).retire()
+        return server
+
+    async def _start(self, key: frozenset[tuple[str, str]], shared: Environment) -> ForkServer:
+        now = time.monotonic()
+        self._failed = {other: at for other, at in self._failed.items() if now < at + RETRY_SECONDS}
+        if key in self._failed:
+            raise NoForkServer("it failed to start a moment ago")
+        try:
+            return await ForkServer.start(shared)
+        except NoForkServer as problem:
+            self._failed[key] = now
+            self._warn(f"no fork server, so runs start a few seconds later than they could: {problem}")
+            raise
+
+    async def close(self) -> None:
+        """End every server and wait for its end; runs that are left are killed."""
+        for server in self._servers.values():
+            server.control.close()
+        for server in self._servers.values():
+            await server.process.wait()
+        self._servers.clear()
+
+
+def code_stamp() -> int:
+    """Changes when the code that a fork server has imported changes; some dozens of files, under a millisecond."""
+    root = Path(__file__).parents[1]
+    return max(file.stat().st_mtime_ns for package in _PACKAGES for file in (root / package).rglob("*.py"))
+
+
+class WarmJobConfiguration(ProcessJobConfiguration):
+    _module: str | None = PrivateAttr(default=None)
+
+    @property
+    def module(self) -> str | None:
+        """The entrypoint of a deployment whose code is installed here; None for all others."""
+        return None if self._command_configured else self._module
+
+    def prepare_for_flow_run(
+        self, flow_run: FlowRun, deployment: DeploymentResponse | None = None, *more: Any, **named: Any
+    ) -> None:
+        super().prepare_for_flow_run(flow_run, deployment, *more, **named)
+        entrypoint = deployment.entrypoint if deployment is not None and not deployment.pull_steps else None
+        self._module = entrypoint if entrypoint and ":" not in entrypoint else None
+
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[Path]:
+        """Where the run is started: the folder that was configured, else one that goes with the run."""
+        if self.working_dir:
+            yield self.working_dir.resolve()
+        else:
+            with tempfile.TemporaryDirectory(suffix="prefect") as made:
+                yield Path(made).resolve()
+
+
+class ForkStarter:
+    """Starts one run; Prefect's ProcessStarter. What it does otherwise is what Prefect's EngineCommandStarter does."""
+
+    def __init__(
+        self,
+        servers: ForkServers,
+        configuration: WarmJobConfiguration,
+        cwd: Path,
+        control_channel: ControlChannel,
+    ) -> None:
+        self._servers = servers
+        self._configuration = configuration
+        self._cwd = cwd
+        self._control_channel = control_channel
+        self.run: ForkedRun | None = None
+
+    async def start(
+        self,
+        flow_run: FlowRun,
+        task_status: anyio.abc.TaskStatus[ProcessHandle] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        try:
+            server, run = await self._fork(flow_run)
+        except NoForkServer:
+            await self._start_cold(flow_run, task_status)
+            return
+        except BaseException:
+            self._control_channel.unregister(flow_run.id)
+            raise
+        self.run = run
+        try:
+            task_status.started(ProcessHandle(cast(Any, run), termination_scope=run))
+            await run.follow()
+        except BaseException:
+            # The worker is being ended.
+            with anyio.CancelScope(shield=True):
+                await self._relinquish(flow_run, run)
+            raise
+        finally:
+            server.release()
+
+    async def _fork(self, flow_run: FlowRun) -> tuple[ForkServer, ForkedRun]:
+        environment = self._environment(flow_run)
+        with contextlib.suppress(RuntimeError):  # No loopback to listen on: a stop is then a mere signal.
+            port, token = self._control_channel.register(flow_run.id)
+            environment |= {"PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
+        request = Request(environment, str(self._cwd), self._configuration.stream_output)
+        server = await self._servers.ready(environment)
+        try:
+            return server, await server.fork(request)
+        except NoForkServer:
+            # It has died since the last run, as is known only now.
+            server = await self._servers.ready(environment)
+            return server, await server.fork(request)
+
+    async def ended(self) -> None:
+        """Wait for the end of a run that was asked to end; make it end after a while."""
+        if self.run is not None:
+            with anyio.move_on_after(STOP_GRACE):
+                await self.run.ended.wait()
+            with contextlib.suppress(ProcessLookupError):
+                self.run.signal_all(signal.SIGKILL)
+            await self.run.ended.wait()
+
+    async def _relinquish(self, flow_run: FlowRun, run: ForkedRun) -> None:
+        """
+        End the run and leave its state as it is: whoever ended the worker hands it to another.
+
+        Prefect's worker kills it outright. This lets it stop what it has begun elsewhere, in a container say.
+        """
+        with contextlib.suppress(ProcessLookupError), anyio.move_on_after(SHUTDOWN_GRACE):
+            await self._control_channel.signal(flow_run.id, "relinquish")
+            if self._control_channel.get_conclusion(flow_run.id) is not None:
+                run.signal_all(signal.SIGTERM)
+                await run.follow()
+        with contextlib.suppress(ProcessLookupError):
+            run.signal_all(signal.SIGKILL)
+
+    def _environment(self, flow_run: FlowRun) -> dict[str, str]:
+        environment = {
+            **os.environ,
+            **get_current_settings().to_environment_variables(exclude_unset=True),
+            **self._configuration.env,
+            "PREFECT__FLOW_RUN_ID": str(flow_run.id),
+            "PREFECT__FLOW_ENTRYPOINT": self._configuration.module,
+            # They are run by this worker, once it knows that the run has ended so.
+            "PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS": "false",
+        }
+        return {name: value for name, value in environment.items() if value is not None}
+
+    async def _start_cold(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[ProcessHandle]) -> None:
+        starter = EngineCommandStarter(
+            cwd=self._cwd,
+            env={**self._configuration.env, "PREFECT__FLOW_ENTRYPOINT": self._configuration.module},
+            stream_output=self._configuration.stream_output,
+            control_channel=self._control_channel,
+            isolate_process_group=True,
+            env_overrides_settings=True,
+        )
+        await starter.start(flow_run, task_status=task_status)
+
+
+class _Hooks(HookRunner):
+    """
+    Prefect's, but a run that is stopped has ended before its hooks are run and it is said to be cancelled.
+
+    Here and not in the termination scope, because this is the first thing after the signal that can wait.
+    """
+
+    def __init__(self, starter: ForkStarter) -> None:
+        super().__init__(resolve_flow=load_flow_from_flow_run)
+        self._starter = starter
+
+    async def run_cancellation_hooks(self, flow_run: FlowRun, state: State[Any]) -> None:
+        await self._starter.ended()
+        await super().run_cancellation_hooks(flow_run, state)
+
+
+class WarmProcessWorker(ProcessWorker):
+    """See the module."""
+
+    type = WORKER_TYPE
+    job_configuration = WarmJobConfiguration
+
+    _display_name = "Warm process"
+    _description = (
+        "Runs flows that are installed beside the worker, each in a process forked from one that has imported them."
+    )
+    _documentation_url = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._servers = ForkServers(self._logger.warning)
+        self._wanted = asyncio.Event()
+        self._asking = asyncio.Lock()
+        self._listening = False
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        self._beside(self._warm_up)
+        self._beside(self._ask_when_woken)
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        try:
+            await super().__aexit__(*exc_info)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._servers.close()
+
+    # ---- woken
+
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """Ask for work and take it. One at a time: an answer that is old must not be acted upon after a new one."""
+        async with self._asking:
+            return await super().get_and_submit_flow_runs()
+
+    def _beside(self, service: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run *service* until the worker is torn down."""
+
+        async def run() -> None:
+            with anyio.CancelScope() as scope:
+                self._scheduled_task_scopes.add(scope)
+                await service()
+
+        assert self._runs_task_group is not None  # noqa: S101  # for mypy: it is there once the worker is set up
+        self._runs_task_group.start_soon(run)
+
+    async def _initialize_after_sync(self) -> None:
+        # Only now is the pool known, whose events are wanted; later calls are heartbeats.
+        await super()._initialize_after_sync()
+        if self._has_successfully_synced and not self._listening:
+            self._listening = True
+            self._beside(self._listen)
+
+    def _release_limit_slot(self, flow_run_id: UUID) -> None:
+        super()._release_limit_slot(flow_run_id)
+        self._wanted.set()
+
+    async def _ask_when_woken(self) -> None:
+        while True:
+            await self._wanted.wait()
+            # Before, not after, asking: what happens meanwhile wants another look. However many there are, one look.
+            self._wanted.clear()
+            try:
+                # Prefect tells of a state before it has committed it, so a look can come too early.
+                if not await self.get_and_submit_flow_runs():
+                    await anyio.sleep(SECOND_LOOK_SECONDS)
+                    await self.get_and_submit_flow_runs()
+            except httpx.HTTPError as problem:
+                # The loop that asks regularly says so and decides what becomes of it.
+                self._logger.debug("asked for work in vain: %s", problem)
+
+    async def _listen(self) -> None:
+        """Hear of every run of this pool that becomes due, and of every one that ends and leaves a slot."""
+        seconds = 1.0
+        while True:
+            try:
+                async with get_events_subscriber(filter=self._events(), reconnect_on_clean_close=True) as events:
+                    # What happened before we listened is told by asking.
+                    self._wanted.set()
+                    seconds = 1.0
+                    async for _ in events:
+                        self._wanted.set()
+            except Exception as problem:
+                # Whatever it is, the worker goes on without: it asks regularly as well.
+                level = logging.WARNING if seconds == 1.0 else logging.DEBUG
+                self._logger.log(level, "not woken by events until they can be had again: %s", problem)
+            await anyio.sleep(seconds)
+            seconds = min(2 * seconds, 10.0)
+
+    def _events(self) -> EventFilter:
+        # By type of state, not by name of event: that is the name of the state, and our flows choose theirs.
+        due = [StateType.SCHEDULED]
+        ended = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
+        return EventFilter(
+            event=EventNameFilter(prefix=["prefect.flow-run."]),
+            resource=EventResourceFilter(
+                labels=ResourceSpecification({"prefect.state-type": [state.value for state in due + ended]})
+            ),
+            any_resource=EventAnyResourceFilter(id=[f"prefect.work-pool.{self.work_pool.id}"]),
+        )
+
+    # ---- forking
+
+    async def _warm_up(self) -> None:
+        """Have a server for the environment that most runs have, before the first of them."""
+        with contextlib.suppress(NoForkServer):  # said already
+            await self._servers.ready(
+                {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
+            )
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: ProcessJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> ProcessWorkerResult:
+        if not isinstance(configuration, WarmJobConfiguration) or configuration.module is None:
+            return await super().run(flow_run, configuration, task_status)
+        with configuration.folder() as cwd:
+            execution = await self._execute(flow_run, configuration, cwd, task_status)
+        if execution is None or execution.status_code is None:
+            raise RuntimeError("the process of the flow run was not started")
+        return ProcessWorkerResult(status_code=execution.status_code, identifier=str(execution.handle.pid))
+
+    async def _execute(
+        self,
+        flow_run: FlowRun,
+        configuration: WarmJobConfiguration,
+        cwd: Path,
+        task_status: anyio.abc.TaskStatus[int] | None,
+    ) -> FlowRunExecutionResult | None:
+        result: FlowRunExecutionResult | None = None
+        async with FlowRunExecutorContext() as context, anyio.create_task_group() as tasks:
+            starter = ForkStarter(self._servers, configuration, cwd, context.control_channel)
+            executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=_Hooks(starter))
+
+            async def execute(task_status: anyio.abc.TaskStatus[ProcessHandle]) -> None:
+                nonlocal result
+                result = await executor.submit(task_status)
+
+            handle: ProcessHandle = await tasks.start(execute)
+            if task_status is not None and handle.pid is not None:
+                task_status.started(handle.pid)
+        return result
