@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from blocks.limits import FetchLimits
-from cli.service import Service
+from cli.service import ROOT, Service
 from tasks.provision import InputSource, fetch_inputs
 from tests.documents import stage, workflow
 from tests.file_server import FileServer
@@ -48,22 +48,35 @@ class Row:
 
 
 def job_latency(console: Console) -> Iterator[Row]:
+    """The same by both types of worker, each on a service of its own, one after the other."""
+    for kind in ("process", "warm-process"):
+        yield from _latency_by(kind, console)
+
+
+def _latency_by(kind: str, console: Console) -> Iterator[Row]:
     """POST to algorithm started and POST to completed, for a no-op algorithm on a warm service, one job at a time."""
     started: list[float] = []
     completed: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        definitions = Path(folder) / "prefect.yaml"
+        text = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
+        definitions.write_text(text.replace("work_pool_type: process", f"work_pool_type: {kind}"), encoding="utf-8")
+        _run_jobs(Service(state=Path(folder) / "state", definitions=definitions, say=console.print), started, completed)
+    how = f"{kind} worker; {JOBS} jobs, one after another; clocks of the service"
+    yield _seconds("POST to algorithm started", started, how)
+    yield _seconds("POST to job completed", completed, how)
+
+
+def _run_jobs(service: Service, started: list[float], completed: list[float]) -> None:
     with (
-        tempfile.TemporaryDirectory() as folder,
-        Service(state=Path(folder), say=console.print) as service,
+        service,
         httpx.Client(base_url=service.api_url, timeout=60.0) as client,
     ):
         _one_job(client)  # the service is warm afterwards
-        for _ in track(range(JOBS), description="no-op jobs", console=console):
+        for _ in track(range(JOBS), description="no-op jobs"):
             to_start, to_end = _one_job(client)
             started.append(to_start)
             completed.append(to_end)
-    how = f"{JOBS} jobs, one after another; clocks of the service"
-    yield _seconds("POST to algorithm started", started, how)
-    yield _seconds("POST to job completed", completed, how)
 
 
 def _one_job(client: httpx.Client) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from blocks.environment import state_folder
-from blocks.process import ProcessRunner
 from cli.demo import DemoFailed, run_demo
 from cli.service import ROOT, CannotStart, Service, interruptible, wait_for_interrupt
 from flows.environments import read_definitions
@@ -114,11 +113,18 @@ def _failed(text: str) -> None:
 
 
 def sandbox_line() -> str:
-    """One line on whether algorithms can be shut in on this machine."""
-    obstacle = ProcessRunner().obstacle()
-    return (
-        "bubblewrap is here: algorithms are shut in" if obstacle is None else f"none: every job is refused. {obstacle}"
-    )
+    """Whether the environments of prefect.yaml can shut algorithms in on this machine, and what follows."""
+    lines = []
+    for block in read_definitions(ROOT / "prefect.yaml"):
+        obstacle = block.make_runner().obstacle()
+        if obstacle is None:
+            what = "algorithms are shut in by bubblewrap"
+        elif block.allow_unsandboxed:
+            what = f"none; algorithms are run all the same, as the environment allows. {obstacle}"
+        else:
+            what = f"none; every job is refused. {obstacle}"
+        lines.append(f"{block.offer.id}: {what}")
+    return "; ".join(lines)
 
 
 def main() -> None:

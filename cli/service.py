@@ -65,6 +65,9 @@ Environment variable of every part, and so of whatever a part starts. By it a pr
 it has no parent any more that would lead to it.
 """
 
+_LOCAL_KINDS: Final = ("process", "warm-process")
+"""Types of work pools whose workers are started here; those of others are the operator's."""
+
 _SERVER: Final = "prefect-server"
 _API: Final = "api"
 _WORKER: Final = "worker"
@@ -223,7 +226,7 @@ class Service:
             self._lock()
             create_key_file(self.state / "key")
         except OSError as fault:
-            raise CannotStart(f"the state folder {self.state} cannot be used: {fault.strerror}") from None
+            raise CannotStart(f"the state folder {self.state} cannot be used: {fault.strerror or fault}") from None
         # Before the ports are looked at: what a service killed a moment ago has left may still hold them.
         self._end_strays()
         self.prefect_port = _usable_port(self.prefect_port, "the Prefect server")
@@ -252,15 +255,22 @@ class Service:
         return self._launch(_API, [sys.executable, "-m", "api.main"])
 
     def _launch_workers(self) -> None:
-        for pool in sorted({block.work_pool for block in self._environments if block.work_pool_type == "process"}):
+        kinds = {block.work_pool: block.work_pool_type for block in self._environments}
+        for pool, kind in sorted((pool, kind) for pool, kind in kinds.items() if kind in _LOCAL_KINDS):
             self.say(f"worker of work pool {pool}")
             self._launch(
                 f"{_WORKER}-{pool}",
-                [*_PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-embedded"],
+                [*_PREFECT, "worker", "start", "--pool", pool, "--type", kind, "--name", f"{pool}-embedded"],
             )
 
     def _take_up_jobs(self) -> None:
-        if resumed := self._hand_back():
+        try:
+            resumed = self._hand_back()
+        except httpx.HTTPError as fault:
+            raise CannotStart(
+                f"the Prefect server does not take back the jobs in flight ({type(fault).__name__})"
+            ) from None
+        if resumed:
             self.say(f"{resumed} job(s) that were in flight begin anew")
 
     def stop(self) -> None:
@@ -268,6 +278,8 @@ class Service:
         End every part, the Prefect server last: it has to hear of the jobs that are handed back. Safe to repeat.
         """
         self._stop_parts()
+        # From here on the folder may be another service's, and the mark with it.
+        self._mark = ""
         self._stack.close()
 
     def _stop_parts(self) -> None:
@@ -328,18 +340,21 @@ class Service:
         twice at the same time, in one folder.
         """
         mark = f"{MARK}={self._mark}".encode()
-        known = {process.pid for part in self.parts for process in part.family()} | {os.getpid()}
-        while self._mark:
+        alive = {part.process.pid for part in self.parts if part.alive}
+        deadline = time.monotonic() + STOP_DEADLINE
+        # Again until there is none: one that is about to be ended may start another.
+        while self._mark and time.monotonic() < deadline:
             strays = []
             for process in psutil.process_iter():
                 with suppress(OSError, psutil.Error):
-                    environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-                    if process.pid not in known and mark in environment.split(b"\0"):
-                        process.kill()
-                        strays.append(process)
-            psutil.wait_procs(strays, timeout=STOP_DEADLINE)
+                    if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                        line = {process.pid, *(above.pid for above in process.parents())}
+                        if not line & alive:
+                            process.kill()
+                            strays.append(process)
             if not strays:
                 return
+            psutil.wait_procs(strays, timeout=1.0)
 
     def _launch(self, name: str, command: list[str]) -> Part:
         log = self.state / "logs" / f"{name}.log"
@@ -347,6 +362,7 @@ class Service:
         # shell that starts us in the background has SIGINT ignored, which a worker would inherit and never stop.
         guarded = ["env", "--default-signal=INT", "setpriv", "--pdeathsig", "TERM", "--", *command]
         with log.open("ab") as output:
+            since = output.tell()
             process = subprocess.Popen(
                 guarded,
                 cwd=ROOT,
@@ -356,7 +372,7 @@ class Service:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            part = Part(name, process, log, since=output.tell())
+            part = Part(name, process, log, since)
         self.parts.append(part)
         return part
 
