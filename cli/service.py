@@ -349,7 +349,7 @@ class Service:
                 with suppress(OSError, psutil.Error):
                     if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                         line = {process.pid, *(above.pid for above in process.parents())}
-                        if not line & alive:
+                        if not line & alive and process.pid != os.getpid():
                             process.kill()
                             strays.append(process)
             if not strays:
