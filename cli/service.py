@@ -380,15 +380,9 @@ class Service:
         def check() -> None:
             if not part.alive:
                 raise CannotStart(f"{part.name} {part.ending} while it started. {self._log_of(part)}")
-            httpx.get(url, timeout=5.0).raise_for_status()
 
         try:
-            Retrying(
-                retry=retry_if_exception_type(httpx.HTTPError),
-                stop=stop_after_delay(START_DEADLINE),
-                wait=wait_fixed(0.2),
-                reraise=True,
-            )(check)
+            until_answered(url, check)
         except httpx.HTTPError:
             raise CannotStart(f"{part.name} did not answer within {START_DEADLINE:g} s. {self._log_of(part)}") from None
 
@@ -452,6 +446,26 @@ class Service:
                             client.set_flow_run_state(run.id, again, force=True)
                             handed_back += 1
         return handed_back
+
+
+def until_answered(url: str, before_each: Callable[[], None] = lambda: None) -> None:
+    """
+    Wait until *url* answers well, calling *before_each* before every try; what that raises ends the waiting.
+
+    Raises:
+        httpx.HTTPError: The last failure, after START_DEADLINE seconds.
+    """
+
+    def ask() -> None:
+        before_each()
+        httpx.get(url, timeout=5.0).raise_for_status()
+
+    Retrying(
+        retry=retry_if_exception_type(httpx.HTTPError),
+        stop=stop_after_delay(START_DEADLINE),
+        wait=wait_fixed(0.2),
+        reraise=True,
+    )(ask)
 
 
 def _usable_port(port: int, user: str) -> int:

@@ -74,7 +74,7 @@ class AlgorithmUnreachable(Exception):
 
 @dataclass(frozen=True)
 class InputSource:
-    """One input of a stage. *index* is the one the consumer gave it."""
+    """One input of a stage. *index* is its place in the order of the plan."""
 
     id: str
     index: int

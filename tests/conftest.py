@@ -102,10 +102,7 @@ class PrefectServer:
 @pytest.fixture(scope="session")
 def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
     """A Prefect server, for tests marked ``server``: that of the service if one is started anyway, else alone."""
-    import httpx
-    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
-
-    from cli.service import ROOT, START_DEADLINE, Part, Service, free_port
+    from cli.service import ROOT, Part, Service, free_port, until_answered
 
     if any(item.get_closest_marker("worker") for item in request.session.items):
         shared: Service = request.getfixturevalue("service")
@@ -131,12 +128,7 @@ def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         )
     part = Part("prefect-server", process, log)
     try:
-        Retrying(
-            retry=retry_if_exception_type(httpx.HTTPError),
-            stop=stop_after_delay(START_DEADLINE),
-            wait=wait_fixed(0.2),
-            reraise=True,
-        )(lambda: httpx.get(f"{alone.prefect_url}/api/health").raise_for_status())
+        until_answered(f"{alone.prefect_url}/api/health")
         subprocess.run(
             [*prefect, "--no-prompt", "deploy", "--all", "--prefect-file", str(DEFINITIONS)],
             cwd=ROOT,
