@@ -1,0 +1,166 @@
+"""Assets: what is on offer and under which rules, as a DDO says it. Pure values; contract, section 7."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+ACTIVE: Final = 0
+"""``nft.state`` of an asset that may be used."""
+
+
+class AssetMalformed(Exception):
+    """A DDO that is none. The text names fields, never what stands in them."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True)
+
+
+def _or_empty(value: Any) -> Any:
+    return () if value is None else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+Address = Annotated[str, BeforeValidator(_lower)]
+"""In lower case: addresses compare case-insensitively."""
+
+
+class TrustedAlgorithm(_Part):
+    """An algorithm a data set's owner trusts. Checksums that are given have to match."""
+
+    did: str | None = None
+    files_checksum: str | None = Field(default=None, alias="filesChecksum")
+    container_checksum: str | None = Field(default=None, alias="containerSectionChecksum")
+
+
+class ComputeRules(_Part):
+    """What may be run on a data set. ``trusted_algorithms`` None and empty differ only in how they are spelled."""
+
+    allow_raw_algorithm: bool = Field(default=False, alias="allowRawAlgorithm")
+    allow_network_access: bool = Field(default=False, alias="allowNetworkAccess")
+    trusted_algorithms: Annotated[tuple[TrustedAlgorithm, ...], BeforeValidator(_or_empty)] = Field(
+        default=(), alias="publisherTrustedAlgorithms"
+    )
+    trusted_publishers: Annotated[tuple[Address, ...], BeforeValidator(_or_empty)] = Field(
+        default=(), alias="publisherTrustedAlgorithmPublishers"
+    )
+
+
+class ConsumerParameter(_Part):
+    name: str
+    required: bool = False
+
+
+class AssetService(_Part):
+    """One way to use an asset. *files* is encrypted to its provider's key (hex), or in clear in a local catalogue."""
+
+    id: str
+    index: int = 0
+    """Its place among the asset's services; what an order on chain names."""
+    type: str
+    files: Any = Field(default=None, repr=False)
+    datatoken: Address = Field(default="", alias="datatokenAddress")
+    endpoint: str = Field(default="", alias="serviceEndpoint")
+    timeout: Annotated[int, Field(ge=0)] = 0
+    """Seconds an order is good for; 0 is for ever."""
+    compute: Annotated[ComputeRules, BeforeValidator(lambda value: value or {})] = ComputeRules()
+    parameters: Annotated[tuple[ConsumerParameter, ...], BeforeValidator(_or_empty)] = Field(
+        default=(), alias="consumerParameters"
+    )
+
+
+class Credential(_Part):
+    type: str
+    values: tuple[Address, ...] = ()
+
+
+class Credentials(_Part):
+    """Who may use an asset. An empty *allow* allows everybody who is not denied."""
+
+    allow: Annotated[tuple[Credential, ...], BeforeValidator(_or_empty)] = ()
+    deny: Annotated[tuple[Credential, ...], BeforeValidator(_or_empty)] = ()
+
+
+class Container(_Part):
+    """Of a published algorithm."""
+
+    entrypoint: str = ""
+    image: str = ""
+    tag: str = ""
+    checksum: str = ""
+
+
+class AlgorithmMetadata(_Part):
+    language: str | None = None
+    version: str | None = None
+    container: Container = Container()
+    parameters: Annotated[tuple[ConsumerParameter, ...], BeforeValidator(_or_empty)] = Field(
+        default=(), alias="consumerParameters"
+    )
+
+
+class Metadata(_Part):
+    type: Literal["dataset", "algorithm"]
+    name: str = ""
+    algorithm: AlgorithmMetadata | None = None
+
+
+class Nft(_Part):
+    owner: Address | None = None
+    state: int = ACTIVE
+
+
+class Asset(_Part):
+    """A data set or an algorithm. *chain_id* is None for one that is offered without a chain."""
+
+    id: str
+    chain_id: int | None = Field(default=None, alias="chainId")
+    nft_address: Address = Field(default="", alias="nftAddress")
+    metadata: Metadata
+    services: tuple[AssetService, ...]
+    credentials: Annotated[Credentials, BeforeValidator(lambda value: value or {})] = Credentials()
+    nft: Annotated[Nft, BeforeValidator(lambda value: value or {})] = Nft()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbered(cls, values: Any) -> Any:
+        """A service's place is not written down in a DDO; the list is its order."""
+        services = values.get("services") if isinstance(values, Mapping) else None
+        if isinstance(services, list):
+            numbered = [
+                {**service, "index": n} if isinstance(service, Mapping) else service
+                for n, service in enumerate(services)
+            ]
+            return {**values, "services": numbered}
+        return values
+
+    @property
+    def publisher(self) -> str | None:
+        """Owner of the asset's NFT, in lower case."""
+        return self.nft.owner
+
+    def service(self, service_id: str) -> AssetService | None:
+        return next((service for service in self.services if service.id == service_id), None)
+
+
+def parse_asset(ddo: Any) -> Asset:
+    """
+    A DDO as values.
+
+    Raises:
+        AssetMalformed
+    """
+    try:
+        return Asset.model_validate(ddo)
+    except ValidationError as fault:
+        faults = [
+            f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+            for error in fault.errors(include_url=False, include_context=False, include_input=False)
+        ]
+    raise AssetMalformed("; ".join(faults))

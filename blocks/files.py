@@ -1,0 +1,155 @@
+"""What a data set's owner can point at: file objects as the Provider knows them. Pure values; contract, section 7."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+
+LONGEST_URL: Final = 8_192
+
+Url = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_URL)]
+Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$")]
+Headers = Annotated[
+    Mapping[
+        Annotated[str, StringConstraints(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}$")],
+        Annotated[str, StringConstraints(pattern=r"^[\t\x20-\x7e\x80-\xff]*$", max_length=8_192)],
+    ],
+    Field(repr=False),
+]
+Parameters = Mapping[str, Any]
+"""What a consumer hands on to a data set's source (``userdata``), by name."""
+
+
+class BadParameters(ValueError):
+    """A consumer's parameters do not fit a file. The text names parameters, never the file."""
+
+
+class _File(BaseModel):
+    """Everything but the type may be its owner's secret, so none of it is in a repr or an error."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True)
+
+    def given(self, parameters: Parameters) -> Self:
+        """
+        This file with a consumer's *parameters*.
+
+        Raises:
+            BadParameters: It takes none, or not these.
+        """
+        if parameters:
+            raise BadParameters("this file takes no parameters")
+        return self
+
+
+class UrlFile(_File):
+    """A file behind a URL: http and https with method and headers; any other scheme as fsspec opens it."""
+
+    type: Literal["url"] = "url"
+    url: Url = Field(repr=False)
+    method: Literal["GET", "POST"] = "GET"
+    headers: Headers = {}
+
+    def given(self, parameters: Parameters) -> Self:
+        """*parameters* are appended to the query; one that the owner has set already cannot be set anew."""
+        if not parameters:
+            return self
+        parts = urlsplit(self.url)
+        own = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        if own & set(parameters):
+            raise BadParameters(f"{', '.join(sorted(own & set(parameters)))}: set by the owner of the file")
+        more = urlencode(
+            {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+        )
+        query = f"{parts.query}&{more}" if parts.query else more
+        return self.model_copy(update={"url": urlunsplit(parts._replace(query=query))})
+
+
+class IpfsFile(_File):
+    """A file by its content identifier, fetched through the operator's gateway and checked against it."""
+
+    type: Literal["ipfs"]
+    hash: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]{10,200}$")] = Field(repr=False)
+
+
+class ArweaveFile(_File):
+    """A transaction of the Arweave network, fetched through the operator's gateway."""
+
+    type: Literal["arweave"]
+    transaction_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{43}$")] = Field(
+        alias="transactionId", repr=False
+    )
+
+
+class GraphqlFile(_File):
+    """The answer to a query, as JSON."""
+
+    type: Literal["graphql"]
+    url: Url = Field(repr=False)
+    query: Annotated[str, StringConstraints(min_length=1, max_length=100_000)] = Field(repr=False)
+    variables: Mapping[str, Any] = Field(default={}, repr=False)
+    headers: Headers = {}
+
+    def given(self, parameters: Parameters) -> Self:
+        """*parameters* are the query's variables; those of the owner hold."""
+        return self.model_copy(update={"variables": {**parameters, **self.variables}})
+
+
+class SmartContractFile(_File):
+    """What a view function of a contract returns, as JSON."""
+
+    type: Literal["smartcontract"]
+    address: Address = Field(repr=False)
+    chain_id: Annotated[int, Field(ge=0)] = Field(alias="chainId")
+    abi: Mapping[str, Any] = Field(repr=False)
+    """Of one function; it has to be ``view`` or ``pure``."""
+    arguments: Mapping[str, Any] = Field(default={}, repr=False)
+    """By the names of the function's inputs."""
+
+    @model_validator(mode="after")
+    def _reads_only(self) -> Self:
+        if self.abi.get("type") != "function" or self.abi.get("stateMutability") not in ("view", "pure"):
+            raise ValueError("abi: must be that of one view or pure function")
+        return self
+
+    def given(self, parameters: Parameters) -> Self:
+        """*parameters* are the function's arguments, by name."""
+        return self.model_copy(update={"arguments": {**parameters, **self.arguments}})
+
+
+FileObject = Annotated[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile, Field(discriminator="type")]
+
+_ONE: Final[TypeAdapter[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile]] = TypeAdapter(FileObject)
+
+
+class BadFile(ValueError):
+    """No file object. The text names fields, never what stands in them."""
+
+
+def parse_file(value: Any) -> UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile:
+    """
+    A file object as it stands in an asset. One without a type is a URL, as in older assets.
+
+    Raises:
+        BadFile
+    """
+    if isinstance(value, Mapping) and "type" not in value:
+        value = {**value, "type": "url"}
+    try:
+        return _ONE.validate_python(value)
+    except ValidationError as fault:
+        faults = [
+            f"{'.'.join(str(part) for part in error['loc'][1:]) or 'type'}: {error['msg']}"
+            for error in fault.errors(include_url=False, include_context=False, include_input=False)
+        ]
+    raise BadFile("; ".join(faults))
+
+
+def parse_files(values: Any) -> tuple[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile, ...]:
+    """Several of them. Raises BadFile."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise BadFile("expected a list of files")
+    return tuple(parse_file(value) for value in values)
