@@ -20,37 +20,39 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import operator_service, results
-from api.auth import OperatorGate
+from api import brizo_service, operator_service, provider_service, results
+from api.auth import ConsumerGate, OperatorGate
+from api.database import Database
 from api.links import Links
 from api.nonces import Nonces
-from api.parameters import label
+from api.refusals import invalid, refused
 from api.service import Service
 from api.settings import Settings
-from api.wire import operator_text
-from flows.errors import InvalidWorkflow, MissingParameter, NotReady, Refusal
-from flows.jobs import Jobs
+from api.tokens import Tokens
+from flows.broker import Broker
+from flows.errors import NotReady, Refusal
 
 SOFTWARE: Final = "compute-to-data"
-ROUTERS: Final = (operator_service.router, results.router)
+ROUTERS: Final = (operator_service.router, provider_service.router, brizo_service.router, results.router)
 _SECONDS_TO_TRY_AGAIN: Final = "5"
 _RECURSION_LIMIT: Final = 1_000
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, jobs: Jobs) -> FastAPI:
-    """The service over *jobs*. Its nonce database is opened when the server starts, closed when it ends."""
+def create_app(settings: Settings, broker: Broker) -> FastAPI:
+    """The service over *broker* and its jobs. Its database is opened when the server starts, closed when it ends."""
     # py_ecc, which comes with eth_account, raises this to 100,000: deep recursion would end the process by stack
     # overflow instead of raising.
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    nonces = Nonces(settings.nonce_database)
+    database = Database(settings.nonce_database)
+    nonces = Nonces(database)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await nonces.open()
+        await database.open()
         yield
-        await nonces.close()
+        await database.close()
 
     # Brings the files of /docs along: a service beside data that must not leave may well have no way to the internet.
     app = FastAPIOffline(
@@ -58,11 +60,13 @@ def create_app(settings: Settings, jobs: Jobs) -> FastAPI:
     )
     app.state.service = Service(
         settings=settings,
-        jobs=jobs,
+        jobs=broker.jobs,
+        broker=broker,
         gate=OperatorGate(settings, nonces),
+        consumers=ConsumerGate(settings, nonces, Tokens(database, settings.key_file)),
         links=Links(settings.key_file, settings.link_seconds),
     )
-    for router in (_about(settings), *ROUTERS):
+    for router in (_about(broker), *ROUTERS):
         for route in router.routes:
             if isinstance(route, APIRoute):
                 # Else the documentation names a call by its endpoint's name, in title case.
@@ -75,13 +79,13 @@ def create_app(settings: Settings, jobs: Jobs) -> FastAPI:
     return app
 
 
-def _about(settings: Settings) -> APIRouter:
+def _about(broker: Broker) -> APIRouter:
     router = APIRouter(tags=["service"])
     described = {
         "software": SOFTWARE,
         "version": version(SOFTWARE),
-        "providerAddresses": settings.provider_addresses,
-        "chainIds": settings.chain_ids,
+        "providerAddresses": {str(chain): broker.key.address for chain in broker.chains} if broker.key else {},
+        "chainIds": list(broker.chains),
         "serviceEndpoints": _endpoints(),
     }
 
@@ -109,25 +113,16 @@ def _endpoints() -> dict[str, list[str]]:
 
 async def _refused(request: Request, refusal: Refusal) -> JSONResponse:
     """The one place where a refusal becomes an answer; its class carries the code."""
-    answer: dict[str, Any] = {"error": str(refusal)}
-    if isinstance(refusal, InvalidWorkflow):
-        texts = dict.fromkeys(operator_text(problem, label(request)) for problem in refusal.problems)
-        problems = [{"path": problem.path, "message": problem.message} for problem in refusal.problems]
-        answer = {"error": "; ".join(texts), "problems": problems}
+    status, answer = refused(request, refusal)
     if not isinstance(refusal, NotReady):
-        return JSONResponse(answer, refusal.http)
+        return JSONResponse(answer, status)
     logger.warning("%s: %s", refusal, refusal.__cause__ or "no cause given")
-    return JSONResponse(answer, refusal.http, headers={"Retry-After": _SECONDS_TO_TRY_AGAIN})
+    return JSONResponse(answer, status, headers={"Retry-After": _SECONDS_TO_TRY_AGAIN})
 
 
 async def _invalid(request: Request, fault: RequestValidationError) -> JSONResponse:
-    problems = [{"path": ".".join(map(str, error["loc"])), "message": error["msg"]} for error in fault.errors()]
-    missing = next((error["loc"][-1] for error in fault.errors() if error["type"] == "missing"), None)
-    if missing is not None:
-        text = str(MissingParameter(missing, label(request)))
-    else:
-        text = "; ".join(f"{problem['path']}: {problem['message']}" for problem in problems)
-    return JSONResponse({"error": text, "problems": problems}, 400)
+    status, answer = invalid(request, fault)
+    return JSONResponse(answer, status)
 
 
 async def _unroutable(_: Request, fault: HTTPException) -> JSONResponse:

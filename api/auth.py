@@ -1,14 +1,16 @@
-"""Who is calling: addresses out of signatures, and the gate before the operator API."""
+"""Who is calling: addresses out of signatures and tokens, and the gates before the dialects."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
 from eth_account import Account
-from eth_account.messages import encode_defunct
+from eth_account.messages import SignableMessage, encode_defunct
 from eth_keys.exceptions import BadSignature as NoSuchPoint
 from eth_utils.crypto import keccak
 from eth_utils.exceptions import ValidationError as NoSuchNumber
@@ -17,11 +19,17 @@ from starlette.concurrency import run_in_threadpool
 
 from api.nonces import Nonces
 from api.settings import Settings, is_loopback
-from flows.errors import BadSignature, InvalidParameter, NotAllowed
+from api.tokens import Tokens
+from flows.errors import BadSignature, BadToken, InvalidParameter, NotAllowed
 
 _SIGNATURE: Final = re.compile(r"(?:0x)?([0-9a-fA-F]{130})")
 _ADDRESS: Final = re.compile(r"0x[0-9a-fA-F]{40}")
 _LAST_BYTES: Final = frozenset({0, 1, 27, 28})
+BRIZO_TOKEN_MESSAGE: Final = "Ocean Protocol Authentication"  # noqa: S105 - what is signed, known to all
+BRIZO_TOKEN_SECONDS: Final = 86_400
+BRIZO_CLOCK_SECONDS: Final = 300
+"""How far a client's clock may be ahead of ours."""
+_BRIZO_TOKEN: Final = re.compile(r"(0x[0-9a-fA-F]{130})-([0-9]{1,12})")
 _FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip"})
 """With one of these a proxy speaks for somebody who may be anywhere."""
 
@@ -36,6 +44,15 @@ def provider_signer(message: str, signature: str) -> str:
     Raises:
         BadSignature: This is no signature at all.
     """
+    return _signer(encode_defunct(primitive=keccak(text=message)), signature)
+
+
+def brizo_signer(message: str, signature: str) -> str:
+    """As ``provider_signer``, in Brizo's scheme: plain EIP-191 over the text. Contract, section 5."""
+    return _signer(encode_defunct(text=message), signature)
+
+
+def _signer(signable: SignableMessage, signature: str) -> str:
     written = _SIGNATURE.fullmatch(signature)
     if written is None:
         raise BadSignature
@@ -44,7 +61,7 @@ def provider_signer(message: str, signature: str) -> str:
     if raw[-1] not in _LAST_BYTES:
         raise BadSignature
     try:
-        address = Account.recover_message(encode_defunct(primitive=keccak(text=message)), signature=raw)
+        address = Account.recover_message(signable, signature=raw)
     except (NoSuchPoint, NoSuchNumber, ValueError):
         raise BadSignature from None
     return str(address).lower()
@@ -52,10 +69,14 @@ def provider_signer(message: str, signature: str) -> str:
 
 @dataclass(frozen=True)
 class Caller:
-    """*address* is None for a caller that has not signed."""
+    """*address*, in lower case, is None for a caller that has not signed."""
 
     address: str | None
     admin: bool
+    sequence: str = ""
+    """Where its nonce counts."""
+    nonce: str = ""
+    """Not yet used up; "" when there is none to use."""
 
 
 ANONYMOUS: Final = Caller(address=None, admin=False)
@@ -114,6 +135,84 @@ class OperatorGate:
             raise NotAllowed(f"{signer} signed owner + [jobId] + nonce and is not on the list of providers")
         await self.nonces.accept(sequence, nonce)
         return Caller(address=signer, admin=signer in self.settings.admins)
+
+
+@dataclass(frozen=True)
+class ConsumerGate:
+    """
+    Knows consumers of the Provider dialect by a signature in its scheme, or by a token.
+
+    The nonce of a signature counts in the sequence of its address; it is used up by ``use``, which a handler calls
+    when all that could still refuse the call for the caller to wait out is done.
+    """
+
+    settings: Settings
+    nonces: Nonces
+    tokens: Tokens
+
+    async def caller(
+        self, address: str, messages: Iterable[str], signature: str, nonce: str, *, token: str = "", strict: bool = True
+    ) -> Caller:
+        """
+        That *address* has signed one of *messages*, each followed by *nonce*; or, without a signature, holds *token*.
+
+        A *nonce* left out means the next one: a client of the original that deletes a job signs it and does not send
+        it. With *strict* off, a signature over one of *messages* alone will do too, its nonce counting in a sequence
+        of its own; a client of the original that stops a job signs no more than that.
+
+        Raises:
+            BadSignature, BadToken, ReplayedNonce, NotReady
+        """
+        if token and not signature:
+            holder = await self.tokens.holder(token)
+            if holder != address.lower():
+                raise BadToken("The token is another address's")
+            return self._caller(holder)
+        nonce = nonce or str(await self.nonces.latest(address) + 1)
+        texts = tuple(messages)
+        signer = await run_in_threadpool(_who_signed, [f"{text}{nonce}" for text in texts], signature, address)
+        sequence = signer
+        if signer is None and not strict:
+            signer = await run_in_threadpool(_who_signed, texts, signature, address)
+            sequence = f"{signer} nonce not signed"
+        if signer is None or sequence is None:
+            raise BadSignature("Invalid signature provided.")
+        await self.nonces.check(sequence, nonce)
+        return self._caller(signer, sequence=sequence, nonce=nonce)
+
+    async def use(self, caller: Caller) -> None:
+        """
+        Use the caller's nonce up. Raises: ReplayedNonce, when another call has used it meanwhile; NotReady.
+        """
+        if caller.nonce:
+            await self.nonces.accept(caller.sequence, caller.nonce)
+
+    async def brizo_caller(self, address: str, message: str, signature: str) -> Caller:
+        """
+        That *address* has signed *message* in Brizo's scheme, or that *signature* is its auth token. There are no
+        nonces in that dialect, so what is signed holds for ever; a token does for ``BRIZO_TOKEN_SECONDS``.
+
+        Raises:
+            BadSignature, BadToken
+        """
+        token = _BRIZO_TOKEN.fullmatch(signature)
+        if token is not None:
+            age = time.time() - int(token[2])
+            if not -BRIZO_CLOCK_SECONDS <= age <= BRIZO_TOKEN_SECONDS:
+                raise BadToken("The token has expired; sign a new one")
+            message, signature = f"{BRIZO_TOKEN_MESSAGE}\n{token[2]}", token[1]
+        if await run_in_threadpool(brizo_signer, message, signature) != address.lower():
+            raise BadSignature("The signature is not that of consumerAddress over this call")
+        return self._caller(address.lower())
+
+    def _caller(self, address: str, *, sequence: str = "", nonce: str = "") -> Caller:
+        return Caller(address=address, admin=address in self.settings.admins, sequence=sequence, nonce=nonce)
+
+
+def _who_signed(texts: Iterable[str], signature: str, address: str) -> str | None:
+    """*address*, in lower case, if it has signed one of *texts*."""
+    wanted = address.lower()
+    return next((wanted for text in texts if provider_signer(text, signature) == wanted), None)
 
 
 def _name_in(host: str) -> str:

@@ -22,15 +22,9 @@ class Links:
     """Makes links that hold for *seconds*, with a key derived from the service's own for this purpose alone."""
 
     def __init__(self, key_file: Path, seconds: int) -> None:
-        keys = key_file.read_bytes().split()
-        if not keys or any(len(key) < _FERNET_KEY_CHARACTERS for key in keys):
-            raise ValueError(f"{key_file} must hold the service's keys, one a line, of 32 bytes each in base64")
         self._seconds = seconds
-        # itsdangerous signs with the last key; the key file has the newest first.
         self._serializer = URLSafeTimedSerializer(
-            [_derived(key) for key in reversed(keys)],
-            salt=_PURPOSE,
-            signer_kwargs={"digest_method": hashlib.sha256},
+            derived_keys(key_file, _PURPOSE), salt=_PURPOSE, signer_kwargs={"digest_method": hashlib.sha256}
         )
 
     def path(self, job_id: str, index: int, filename: str) -> str:
@@ -54,5 +48,10 @@ class Links:
         return job_id, index
 
 
-def _derived(key: bytes) -> bytes:
-    return HKDF(algorithm=SHA256(), length=32, salt=None, info=_PURPOSE).derive(key)
+def derived_keys(key_file: Path, purpose: bytes) -> list[bytes]:
+    """Keys for *purpose* alone, out of the service's own; itsdangerous signs with the last and accepts all."""
+    keys = key_file.read_bytes().split()
+    if not keys or any(len(key) < _FERNET_KEY_CHARACTERS for key in keys):
+        raise ValueError(f"{key_file} must hold the service's keys, one a line, of 32 bytes each in base64")
+    # The key file has the newest first.
+    return [HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose).derive(key) for key in reversed(keys)]

@@ -7,34 +7,33 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
-from sqlalchemy import Column, Integer, MetaData, String, Table, Text, text, tuple_
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import Column, Integer, String, Table, Text, select, tuple_
+from sqlalchemy.dialects import postgresql
 
-from flows.errors import NotReady, ReplayedNonce
+from api.database import TABLES, Database
+from flows.errors import ReplayedNonce
+
+LONGEST: Final = 4_000
+"""Characters of a nonce; Python converts numbers of up to 4,300."""
 
 _WRITTEN: Final = re.compile(r"(0|[1-9][0-9]*)(?:\.([0-9]+))?")
-_SECONDS_TO_WAIT: Final = 30
 
 # Digits compare as text once their number is known, whatever their size; the C collation keeps a database's
 # language out of it.
 _Digits = Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
 _TABLE: Final = Table(
     "accepted_nonces",
-    MetaData(),
+    TABLES,
     Column("address", String(120), primary_key=True),
     Column("length", Integer, nullable=False),
     Column("whole", _Digits, nullable=False),
     Column("fraction", _Digits, nullable=False),
 )
-_CREATING: Final = 0x6332646E  # any number, the same in every process: serialises CREATE TABLE in PostgreSQL
 
 
 def _nonce(value: Any) -> str:
     written = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
-    if not _WRITTEN.fullmatch(written):
+    if len(written) > LONGEST or not _WRITTEN.fullmatch(written):
         raise PydanticCustomError(
             "nonce", "must be a number in plain digits: no sign, no exponent, no leading zero, no blank"
         )
@@ -49,26 +48,8 @@ Nonce = Annotated[str, BeforeValidator(_nonce)]
 class Nonces:
     """Accepts, for each address, only numbers greater than the last one accepted."""
 
-    def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(
-            url,
-            pool_pre_ping=True,
-            hide_parameters=True,
-            connect_args={"timeout": _SECONDS_TO_WAIT},
-        )
-        self._insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
-
-    async def open(self) -> None:
-        """Make the table unless it is there. Several processes may do so at once."""
-        async with self._engine.begin() as connection:
-            if self._engine.dialect.name == "postgresql":
-                await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _CREATING})
-            else:
-                await connection.execute(text("PRAGMA journal_mode=WAL"))
-            await connection.execute(CreateTable(_TABLE, if_not_exists=True))
-
-    async def close(self) -> None:
-        await self._engine.dispose()
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     async def accept(self, address: str, nonce: str) -> None:
         """
@@ -80,9 +61,8 @@ class Nonces:
             ReplayedNonce: It is not greater than the last one; nothing is changed.
             NotReady: The database does not answer.
         """
-        whole, _, fraction = nonce.partition(".")
-        row = {"address": address.lower(), "length": len(whole), "whole": whole, "fraction": fraction.rstrip("0")}
-        insert = self._insert(_TABLE).values(row)
+        row = {"address": address.lower(), **_parts(nonce)}
+        insert = self._database.insert(_TABLE).values(row)
         offered, last = insert.excluded, _TABLE.c
         statement = insert.on_conflict_do_update(
             index_elements=[last.address],
@@ -90,10 +70,45 @@ class Nonces:
             where=tuple_(offered.length, offered.whole, offered.fraction)
             > tuple_(last.length, last.whole, last.fraction),
         ).returning(last.address)
-        try:
-            async with self._engine.begin() as connection:
-                accepted = (await connection.execute(statement)).first()
-        except (OperationalError, InterfaceError, OSError) as fault:
-            raise NotReady("The nonce database cannot be reached; try again later") from fault
+        async with self._database.transaction() as connection:
+            accepted = (await connection.execute(statement)).first()
         if accepted is None:
             raise ReplayedNonce
+
+    async def check(self, address: str, nonce: str) -> None:
+        """
+        Whether *nonce* would be accepted; it stays unused. For calls that may fail for reasons the caller can wait
+        out: these refuse a replay before they cost anything, and use the nonce up when all else is in order.
+
+        Raises:
+            ReplayedNonce, NotReady
+        """
+        offered = _parts(nonce)
+        last = await self._last(address)
+        if last is not None and last >= (offered["length"], offered["whole"], offered["fraction"]):
+            raise ReplayedNonce
+
+    async def latest(self, address: str) -> int:
+        """
+        The last one accepted for *address*, rounded up: adding one makes the next; 0 if there was none.
+
+        Raises:
+            NotReady
+        """
+        last = await self._last(address)
+        if last is None:
+            return 0
+        _, whole, fraction = last
+        return int(whole) + bool(fraction)
+
+    async def _last(self, address: str) -> tuple[int, str, str] | None:
+        last = _TABLE.c
+        statement = select(last.length, last.whole, last.fraction).where(last.address == address.lower())
+        async with self._database.transaction() as connection:
+            row = (await connection.execute(statement)).first()
+        return None if row is None else (row.length, row.whole, row.fraction)
+
+
+def _parts(nonce: str) -> dict[str, Any]:
+    whole, _, fraction = nonce.partition(".")
+    return {"length": len(whole), "whole": whole, "fraction": fraction.rstrip("0")}

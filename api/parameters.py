@@ -64,7 +64,7 @@ async def _values(request: Request, limit: int) -> dict[str, Any]:
     repeated = sorted(name for name, count in Counter(name for name, _ in query).items() if count > 1)
     if repeated:
         raise InvalidParameter(f"{', '.join(repeated)}: given more than once")
-    body = await _body(request, limit)
+    body = await read_body(request, limit)
     # Off the event loop: a body of some megabytes takes a good part of a second to parse.
     document = await run_in_threadpool(parse_object, body) if body.strip() else {}
     differing = sorted(name for name, value in query if name in document and str(document[name]) != value)
@@ -73,8 +73,15 @@ async def _values(request: Request, limit: int) -> dict[str, Any]:
     return {**dict(query), **document}
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """A chunked body tells no length beforehand, so what has arrived is counted, not only what was announced."""
+async def read_body(request: Request, limit: int) -> bytes:
+    """
+    The whole body.
+
+    A chunked body tells no length beforehand, so what has arrived is counted, not only what was announced.
+
+    Raises:
+        BodyTooLarge
+    """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
         raise BodyTooLarge(limit)

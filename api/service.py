@@ -8,18 +8,79 @@ from typing import Annotated, cast
 from fastapi import Depends
 from fastapi.requests import Request
 
-from api.auth import OperatorGate
+from api import wire
+from api.auth import Caller, ConsumerGate, OperatorGate
 from api.links import Links
 from api.settings import Settings
-from flows.jobs import Jobs
+from flows.broker import Broker
+from flows.errors import JobNotFound, NoSelector
+from flows.jobs import Job, JobQuery, Jobs, only_job, parse_job_id
+from flows.workflow import Workflow
 
 
 @dataclass(frozen=True)
 class Service:
     settings: Settings
     jobs: Jobs
+    broker: Broker
     gate: OperatorGate
+    consumers: ConsumerGate
     links: Links
+
+    @property
+    def address(self) -> str:
+        """This provider's, "" without a key."""
+        return self.broker.key.address if self.broker.key else ""
+
+    async def start(self, workflow: Workflow, earlier: Job | None = None) -> Job:
+        """A new job; or *earlier* once more, under its id. Raises as ``Jobs.submit`` and ``Jobs.restart``."""
+        if earlier is not None:
+            return await self.jobs.restart(earlier.id, workflow)
+        return await self.jobs.submit(workflow)
+
+    async def own_job(self, job_id: str, caller: Caller) -> Job:
+        """The caller's job of this id. Raises JobNotFound, also for another's: nobody learns which ids there are."""
+        job = await only_job(self.jobs, parse_job_id(job_id))
+        if job.owner.lower() != caller.address:
+            raise JobNotFound(f"No job {parse_job_id(job_id)}")
+        return job
+
+    async def jobs_for(self, owner: str | None, job_id: str, document_id: str, caller: Caller) -> list[Job]:
+        """
+        The jobs that match, of *owner* where one is given; a job named by its id also for those on its whitelist.
+
+        Raises:
+            NoSelector: Nothing is given.
+        """
+        if not (owner or job_id or document_id):
+            raise NoSelector
+        query = JobQuery(
+            job_id=parse_job_id(job_id) if job_id else None,
+            document_id=document_id or None,
+            owner=None if job_id else owner,
+        )
+        found = await self.jobs.find(query)
+        if not job_id or owner is None:
+            return found
+        return [job for job in found if job.owner.lower() == owner.lower() or caller.address in job.whitelist]
+
+    async def environments(
+        self, chain_id: int | None, *, by_chain: bool
+    ) -> list[wire.Environment] | dict[str, list[wire.Environment]]:
+        """What is on offer; of one chain, or by chain id where the caller or the settings ask for that."""
+        offered = await self.broker.offers()
+        states = [state for state in await self.jobs.environments() if state.offer.id in offered]
+        known = tuple(self.broker.chains)
+
+        def on(chain: int | None) -> list[wire.Environment]:
+            token = self.broker.chains[chain].fee_token if chain in self.broker.chains else ""
+            return [wire.environment(state, address=self.address, fee_token=token) for state in states]
+
+        if by_chain or self.settings.environments_by_chain:
+            return {str(chain): on(chain) for chain in known if chain_id in (None, chain)}
+        return (
+            [] if chain_id is not None and known and chain_id not in known else on(chain_id or next(iter(known), None))
+        )
 
 
 def _service(request: Request) -> Service:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, HttpUrl, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from blocks.chain import ChainConfig
 from flows.status import Dialect
 
 
@@ -19,6 +20,9 @@ def _words(value: Any) -> Any:
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$", to_lower=True)]
 Addresses = Annotated[frozenset[Address], NoDecode, BeforeValidator(_words)]
 """Separated by commas or blanks; in lower case once read, since addresses compare case-insensitively."""
+
+
+Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
 
 def is_loopback(host: str) -> bool:
@@ -50,14 +54,33 @@ class Settings(BaseSettings):
     key_file: Path
     """The service's keys, one a line: the first is used, the others are still recognised."""
     nonce_database: str
-    """``sqlite+aiosqlite:///<file>`` or ``postgresql+asyncpg://…``. What it forgets can be replayed."""
+    """
+    Of nonces and deleted tokens: ``sqlite+aiosqlite:///<file>`` or ``postgresql+asyncpg://…``. What it forgets can be
+    replayed.
+    """
     max_body_bytes: Annotated[int, Field(gt=0)] = 32 * 1024**2
     """Raw code of 10 MiB may stand escaped in a document."""
     local_workers: bool = False
     """The workers run on this machine: an environment that cannot shut algorithms in here is refused at once."""
-    chain_ids: tuple[int, ...] = ()
-    provider_addresses: dict[str, str] = {}
-    """Address of this provider by chain id."""
+    catalogue: Path | None = None
+    """Assets on offer without a metadata store: a folder, or one YAML file."""
+    metadata_store: HttpUrl | None = None
+    """Where assets are looked up that the catalogue does not have."""
+    chains: tuple[ChainConfig, ...] = ()
+    """JSON: ``[{"id": 137, "rpc": "https://…", "fee_token": "0x…"}]``. Empty: nothing is ordered or paid on a chain."""
+    provider_key_block: str | None = None
+    """Name of the Prefect Secret block with this provider's key, in hex or as a keystore."""
+    keystore: Path | None = None
+    """This provider's key as an encrypted keystore file; either it or the block."""
+    keystore_password_file: Path | None = None
+    deny_unlisted_algorithms: bool = False
+    """A data set that lists no trusted algorithms and publishers allows none, instead of any that is published."""
+    environments_by_chain: bool = False
+    """``computeEnvironments`` answers an object keyed by chain id, as some clients of the Provider expect."""
+    networks: Networks = ()
+    """CIDR blocks of non-public addresses this process may read files of assets from all the same."""
+    ipfs_gateway: str = ""
+    arweave_gateway: str = ""
 
     @property
     def status_dialect(self) -> Dialect:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
@@ -18,15 +18,21 @@ from flows.status import TEXT, Dialect, Status, project
 
 @dataclass(frozen=True)
 class View:
-    """What one caller may see. *link* makes the URL of a job's result by its index; None: no URLs."""
+    """
+    What one caller may see. *link* makes the URL of a job's result by its index; None: no URLs. *kinds* are those of
+    the results that are named at all; None: every one that is not for admins.
+    """
 
     link: Callable[[Job, int], str] | None
     admin: bool = False
+    kinds: frozenset[str] | None = None
 
     def results(self, job: Job) -> Iterator[tuple[int, Result]]:
         """The visible results, with their index among all."""
         return (
-            (index, result) for index, result in enumerate(job.results) if self.admin or result.kind not in ADMIN_KINDS
+            (index, result)
+            for index, result in enumerate(job.results)
+            if (self.admin or result.kind not in ADMIN_KINDS) and (self.kinds is None or result.kind in self.kinds)
         )
 
     def urls(self, job: Job, kind: str) -> list[str]:
@@ -97,6 +103,23 @@ class OperatorStatus(JobStatus):
     inputDID: list[str]
 
 
+class ProviderStatus(OperatorStatus):
+    """Specs 002 and 004; contract, section 3."""
+
+    documentId: str
+    algorithmLogUrl: str | None = Field(description="for the owner")
+    resultsUrls: list[str] = Field(description="for the owner and the addresses on the whitelist")
+    resultsDid: str
+
+
+class BrizoStatus(JobStatus):
+    """Spec 003."""
+
+    algologUrl: str | None = Field(description="for the owner")
+    outputsUrl: list[str] = Field(description="for the owner and the addresses on the whitelist")
+    resultsDid: str
+
+
 class Environment(BaseModel):
     """A compute environment, in both spellings at once; contract, section 3. The last two are not in it."""
 
@@ -135,28 +158,30 @@ def early_status(job: Job, dialect: Dialect, view: View) -> EarlyStatus:
 
 def operator_status(job: Job, view: View) -> OperatorStatus:
     """``/compute`` and ``/runningjobs``, with the full table of numbers."""
-    return OperatorStatus(
-        **_told(job, Dialect.PROVIDER),
-        results=[
-            ResultEntry(
-                filename=result.filename,
-                filesize=result.filesize,
-                type=result.kind,
-                index=index,
-                url=view.link(job, index) if view.link else None,
-                sha256=result.sha256,
-            )
-            for index, result in view.results(job)
-        ]
-        or "",
-        stopreq=job.stop_request,
-        removed=int(job.removed),
-        algoDID=job.algorithm_did,
-        inputDID=list(job.input_dids),
+    return OperatorStatus(**_results_told(job, view))
+
+
+def provider_status(job: Job, view: View) -> ProviderStatus:
+    return ProviderStatus(
+        **_results_told(job, view),
+        documentId=job.document_id,
+        algorithmLogUrl=_last(view.urls(job, "algorithmLog")),
+        resultsUrls=view.urls(job, "output"),
+        resultsDid="",
     )
 
 
-def environment(state: EnvironmentState) -> Environment:
+def brizo_status(job: Job, view: View) -> BrizoStatus:
+    return BrizoStatus(
+        **_told(job, Dialect.BRIZO),
+        algologUrl=_last(view.urls(job, "algorithmLog")),
+        outputsUrl=view.urls(job, "output"),
+        resultsDid="",
+    )
+
+
+def environment(state: EnvironmentState, *, address: str = "", fee_token: str = "") -> Environment:
+    """*address* and *fee_token* stand in where the environment has none of its own."""
     offer = state.offer
     limits = offer.limits
     return Environment(
@@ -173,17 +198,44 @@ def environment(state: EnvironmentState) -> Environment:
         priceMin=offer.price_min,
         currentJobs=state.running,
         maxJobs=offer.max_jobs,
-        consumerAddress=offer.consumer_address,
+        consumerAddress=offer.consumer_address or address,
         storageExpiry=offer.storage_expiry,
         maxJobDuration=_plain(limits.seconds),
         lastSeen=timestamp(state.last_seen) if state.last_seen else None,
-        feeToken=offer.fee_token,
+        feeToken=offer.fee_token or fee_token,
         queuedJobs=state.waiting,
         obstacle=state.obstacle,
     )
 
 
-def _told(job: Job, dialect: Dialect) -> dict[str, object]:
+def exact(nonce: int) -> int | str:
+    """A number that JavaScript, too, reads exactly: a string beyond 2^53."""
+    return nonce if nonce <= 2**53 else str(nonce)
+
+
+def _results_told(job: Job, view: View) -> dict[str, Any]:
+    return {
+        **_told(job, Dialect.PROVIDER),
+        "results": [
+            ResultEntry(
+                filename=result.filename,
+                filesize=result.filesize,
+                type=result.kind,
+                index=index,
+                url=view.link(job, index) if view.link else None,
+                sha256=result.sha256,
+            )
+            for index, result in view.results(job)
+        ]
+        or "",
+        "stopreq": job.stop_request,
+        "removed": int(job.removed),
+        "algoDID": job.algorithm_did,
+        "inputDID": list(job.input_dids),
+    }
+
+
+def _told(job: Job, dialect: Dialect) -> dict[str, Any]:
     return {
         "owner": job.owner,
         "agreementId": job.agreement_id,

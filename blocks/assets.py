@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar, overload
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 ACTIVE: Final = 0
 """``nft.state`` of an asset that may be used."""
+UNLISTED: Final = 5
+"""``nft.state`` of an asset that markets do not show and that may be used all the same."""
+
+DID: Final = r"^did:op:[0-9A-Za-z_-]{1,128}$"
+"""What may stand in a URL, in a file name and in a tag as it is."""
 
 
-class AssetMalformed(Exception):
-    """A DDO that is none. The text names fields, never what stands in them."""
+class AssetUnusable(Exception):
+    """An asset that is known and cannot be used. The text names fields, never what stands in them."""
+
+
+class AssetMalformed(AssetUnusable):
+    """A DDO that is none."""
+
+
+class AssetWithheld(AssetUnusable):
+    """Withdrawn by its publisher, in purgatory, or encrypted as a whole."""
 
 
 class _Part(BaseModel):
@@ -116,6 +137,12 @@ class Nft(_Part):
     state: int = ACTIVE
 
 
+class Purgatory(_Part):
+    """Where a metadata store puts what has been complained of."""
+
+    state: bool = False
+
+
 class Asset(_Part):
     """A data set or an algorithm. *chain_id* is None for one that is offered without a chain."""
 
@@ -126,6 +153,7 @@ class Asset(_Part):
     services: tuple[AssetService, ...]
     credentials: Annotated[Credentials, BeforeValidator(lambda value: value or {})] = Credentials()
     nft: Annotated[Nft, BeforeValidator(lambda value: value or {})] = Nft()
+    purgatory: Annotated[Purgatory, BeforeValidator(lambda value: value or {})] = Purgatory()
 
     @model_validator(mode="before")
     @classmethod
@@ -145,11 +173,48 @@ class Asset(_Part):
         """Owner of the asset's NFT, in lower case."""
         return self.nft.owner
 
+    @property
+    def withheld(self) -> str | None:
+        """Why it may not be used, if it may not; the NFT's state is what the document says, not the chain."""
+        return _withheld(self.nft, self.purgatory)
+
     def service(self, service_id: str) -> AssetService | None:
         return next((service for service in self.services if service.id == service_id), None)
 
 
-def parse_asset(ddo: Any) -> Asset:
+class LocalAsset(Asset):
+    """
+    An asset of this house's own catalogue: its files may stand in clear.
+
+    A type and not a field, so that no document from elsewhere can say it of itself, and so that whoever writes
+    an asset down and reads it again has lost the permission instead of having gained it.
+    """
+
+
+class Agreement(_Part):
+    """What a data owner has granted under a name, for clients that give nothing but that name (Brizo)."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    id: Annotated[str, BeforeValidator(_lower), StringConstraints(pattern=r"^[0-9a-z._-]{1,128}$")]
+    """In lower case: hexadecimal ids compare case-insensitively."""
+    did: Annotated[str, StringConstraints(pattern=DID)]
+    service_id: str | None = Field(default=None, alias="serviceId")
+    """None: the asset's first compute service."""
+    consumer: Annotated[str, BeforeValidator(_lower), StringConstraints(pattern=r"^0x[0-9a-f]{40}$")] | None = None
+    """None: whoever the asset's credentials let in."""
+    algorithm: Annotated[str, StringConstraints(pattern=DID)] | None = None
+    """None: whatever the asset's rules let run."""
+
+
+_Kind = TypeVar("_Kind", bound=Asset)
+
+
+@overload
+def parse_asset(ddo: Any) -> Asset: ...
+@overload
+def parse_asset(ddo: Any, kind: type[_Kind]) -> _Kind: ...
+def parse_asset(ddo: Any, kind: type[Asset] = Asset) -> Asset:
     """
     A DDO as values.
 
@@ -157,10 +222,48 @@ def parse_asset(ddo: Any) -> Asset:
         AssetMalformed
     """
     try:
-        return Asset.model_validate(ddo)
+        return kind.model_validate(ddo)
     except ValidationError as fault:
-        faults = [
-            f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
-            for error in fault.errors(include_url=False, include_context=False, include_input=False)
-        ]
+        faults = faults_of(fault)
     raise AssetMalformed("; ".join(faults))
+
+
+def usable_asset(ddo: Any) -> Asset:
+    """
+    The DDO of a metadata store as values, if the asset may be used.
+
+    Raises:
+        AssetWithheld: Also for what is left of the document of a withdrawn asset, without metadata and services.
+        AssetMalformed
+    """
+    if isinstance(ddo, str):
+        raise AssetWithheld("its document is encrypted")
+    if isinstance(ddo, Mapping) and not ddo.get("metadata") and (why := _withheld_rest(ddo)):
+        raise AssetWithheld(why)
+    asset = parse_asset(ddo)
+    if asset.withheld:
+        raise AssetWithheld(asset.withheld)
+    return asset
+
+
+def _withheld(nft: Nft, purgatory: Purgatory) -> str | None:
+    if purgatory.state:
+        return "it is in purgatory"
+    if nft.state not in (ACTIVE, UNLISTED):
+        return f"its publisher has withdrawn it (state {nft.state})"
+    return None
+
+
+def _withheld_rest(ddo: Mapping[str, Any]) -> str | None:
+    try:
+        return _withheld(Nft.model_validate(ddo.get("nft") or {}), Purgatory.model_validate(ddo.get("purgatory") or {}))
+    except ValidationError:
+        return None
+
+
+def faults_of(fault: ValidationError) -> list[str]:
+    """What is wrong where, as ``services.0.id: Field required``, and nothing of the values."""
+    return [
+        f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+        for error in fault.errors(include_url=False, include_context=False, include_input=False)
+    ]

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 LONGEST_URL: Final = 8_192
 
@@ -120,16 +129,26 @@ class SmartContractFile(_File):
         return self.model_copy(update={"arguments": {**parameters, **self.arguments}})
 
 
-FileObject = Annotated[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile, Field(discriminator="type")]
+File = UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile
+FileObject = Annotated[
+    File,
+    # In words of its own: pydantic's quote the type that was given, which may be anything an owner has mistyped.
+    Discriminator(
+        "type",
+        custom_error_type="file_type",
+        custom_error_message="must be one of url, ipfs, arweave, graphql, smartcontract",
+    ),
+]
+"""The same as a field of a document."""
 
-_ONE: Final[TypeAdapter[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile]] = TypeAdapter(FileObject)
+_ONE: Final[TypeAdapter[File]] = TypeAdapter(FileObject)
 
 
 class BadFile(ValueError):
     """No file object. The text names fields, never what stands in them."""
 
 
-def parse_file(value: Any) -> UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile:
+def parse_file(value: Any) -> File:
     """
     A file object as it stands in an asset. One without a type is a URL, as in older assets.
 
@@ -148,7 +167,7 @@ def parse_file(value: Any) -> UrlFile | IpfsFile | ArweaveFile | GraphqlFile | S
     raise BadFile("; ".join(faults))
 
 
-def parse_files(values: Any) -> tuple[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile, ...]:
+def parse_files(values: Any) -> tuple[File, ...]:
     """Several of them. Raises BadFile."""
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise BadFile("expected a list of files")

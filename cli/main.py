@@ -49,6 +49,8 @@ def up(*, state: Path | None = None, api_port: int = 8050, prefect_port: int = 4
             _line(f"documentation  {service.api_url}/docs")
             _line(f"Prefect UI     {service.prefect_url}")
             _line(f"state          {service.state}")
+            _line(f"catalogue      {service.state / 'catalogue'}")
+            _line(f"provider       {service.provider_address or 'see the log of the API'}")
             _line(f"sandbox        {sandbox_line()}\n\nCtrl-C stops the service.")
             wait_for_interrupt(service)
             _line("stopping; jobs in flight go on at the next start")

@@ -7,6 +7,7 @@ For several machines each part is started by its own means instead; see docs/ope
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from typing import Any, Final, Self
 import httpx
 import psutil
 import yaml
+from eth_utils.address import to_checksum_address
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -40,6 +42,7 @@ from pydantic import ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from blocks.environment import ComputeEnvironment
+from blocks.keys import create_keystore
 from flows.compute import FLOW_NAME
 from flows.environments import read_definitions
 from flows.prefect_jobs import LIVE_STATES
@@ -64,6 +67,10 @@ MARK: Final = "C2D_SERVICE"
 Environment variable of every part, and so of whatever a part starts. By it a process is known whose part was killed:
 it has no parent any more that would lead to it.
 """
+
+KEYSTORE: Final = "provider.json"
+KEYSTORE_PASSWORD: Final = "provider-password"  # noqa: S105 - the name of a file
+"""Both in the folder of the service."""
 
 _LOCAL_KINDS: Final = ("process", "warm-process")
 """Types of work pools whose workers are started here; those of others are the operator's."""
@@ -225,6 +232,7 @@ class Service:
             (self.state / "logs").mkdir(exist_ok=True)
             self._lock()
             create_key_file(self.state / "key")
+            self._create_provider_key()
         except OSError as fault:
             raise CannotStart(f"the state folder {self.state} cannot be used: {fault.strerror or fault}") from None
         # Before the ports are looked at: what a service killed a moment ago has left may still hold them.
@@ -310,10 +318,39 @@ class Service:
             "C2D_KEY_FILE": str(self.state / "key"),
             "C2D_NONCE_DATABASE": f"sqlite+aiosqlite:///{self.state / 'nonces.sqlite'}",
             "C2D_LOCAL_WORKERS": "true",
+            "C2D_CATALOGUE": str(self.state / "catalogue"),
+            **self._own_provider_key(),
             "C2D_HOST": "127.0.0.1",
             "C2D_PORT": str(self.api_port),
             **self.variables,
         }
+
+    @property
+    def provider_address(self) -> str | None:
+        """This provider's own, of the key made for it here; None where the operator has set another."""
+        if not self._own_provider_key():
+            return None
+        stored = json.loads((self.state / KEYSTORE).read_text(encoding="utf-8"))
+        return to_checksum_address(f"0x{stored['address'].removeprefix('0x')}")
+
+    def _own_provider_key(self) -> dict[str, str]:
+        """Settings of the key that is made here for a provider whose operator has set none."""
+        if any({**os.environ, **self.variables}.get(name) for name in ("C2D_KEYSTORE", "C2D_PROVIDER_KEY_BLOCK")):
+            return {}
+        return {
+            "C2D_KEYSTORE": str(self.state / KEYSTORE),
+            "C2D_KEYSTORE_PASSWORD_FILE": str(self.state / KEYSTORE_PASSWORD),
+        }
+
+    def _create_provider_key(self) -> None:
+        (self.state / "catalogue").mkdir(exist_ok=True)
+        if not self._own_provider_key():
+            return
+        # Beside the keystore, since nobody is there to type it in: both are as safe as this folder. An operator who
+        # wants more keeps the key in a block or in a keystore whose password is elsewhere.
+        create_key_file(self.state / KEYSTORE_PASSWORD)
+        password = (self.state / KEYSTORE_PASSWORD).read_text(encoding="utf-8").removesuffix("\n")
+        create_keystore(self.state / KEYSTORE, password, random_password=True)
 
     def _read_definitions(self) -> list[ComputeEnvironment]:
         """Read before anything is started, since it is where an operator's mistakes are."""

@@ -51,6 +51,7 @@ class MissingParameter(Refusal):
     slug = "missing-parameter"
 
     def __init__(self, name: str, call: str) -> None:
+        self.name = name
         super().__init__(f'"{name}" is required in the call to {call}')
 
 
@@ -86,6 +87,27 @@ class BadSignature(Refusal):
     http = 401
 
     def __init__(self, message: str = "Failed to recover address") -> None:
+        super().__init__(message)
+
+
+class BadToken(Refusal):
+    """An auth token that is none, has expired, or was deleted."""
+
+    slug = "bad-token"
+    http = 401
+
+
+class AssetRefused(Refusal):
+    """
+    What a consumer asked for cannot be had. *resource* names the part of the request, *code* is the Provider's word
+    for why (contract, section 6), the message says it to people.
+    """
+
+    slug = "asset-refused"
+
+    def __init__(self, resource: str, code: str, message: str) -> None:
+        self.resource = resource
+        self.code = code
         super().__init__(message)
 
 
@@ -125,3 +147,10 @@ class NotReady(Refusal):
 
     slug = "not-ready"
     http = 503
+
+
+class SourceFailed(Refusal):
+    """Where a file is kept does not give it: neither the request's fault nor ours."""
+
+    slug = "source-failed"
+    http = 502

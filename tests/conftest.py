@@ -28,6 +28,7 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ["C2D_STATE"] = f"{_FOLDER.name}/state"
 
 if TYPE_CHECKING:
+    from cli.local_chain import LocalChain
     from cli.service import Service
     from tests.file_server import FileServer
 
@@ -66,6 +67,19 @@ def file_server() -> Iterator[FileServer]:
 
     with FileServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalChain]:
+    """
+    A chain with Ocean's contracts on it. For tests marked ``chain``.
+
+    All of them use the same one: who changes its time or its settings does so in ``chain.rolled_back()``.
+    """
+    from cli.local_chain import LocalChain
+
+    with LocalChain(tmp_path_factory.mktemp("chain")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

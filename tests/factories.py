@@ -22,7 +22,9 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.settings import Settings
+from blocks.catalogue import Catalogues
 from blocks.limits import Limits, Offer
+from flows.broker import Broker
 from flows.jobs import Job, MemoryJobs, Result, only_job
 from flows.sealing import create_key_file
 from flows.workflow import parse_workflow
@@ -86,6 +88,18 @@ def signed(key: LocalAccount, owner: str = "", job_id: str = "", *, nonce: int |
     return {"providerSignature": sign(key, f"{owner}{job_id}{nonce}"), "nonce": nonce}
 
 
+def consumer_signed(key: LocalAccount, *parts: object, nonce: int | str = 0) -> dict[str, Any]:
+    """``consumerAddress``, ``signature`` and ``nonce``, each time a greater one, over address + *parts* + nonce."""
+    nonce = nonce or next(_clock)
+    message = f"{key.address}{''.join(map(str, parts))}{nonce}"
+    return {"consumerAddress": key.address, "signature": sign(key, message), "nonce": nonce}
+
+
+def brizo_sign(key: LocalAccount, message: str) -> str:
+    """In Brizo's scheme: plain EIP-191 over the text."""
+    return "0x" + bytes(key.sign_message(encode_defunct(text=message)).signature).hex()
+
+
 class Client:
     """A client of the real app in this process, and the jobs under it. Answers are those of httpx."""
 
@@ -113,7 +127,9 @@ class Client:
     def emptied(self) -> Client:
         """The same app over no jobs: making an app takes longer than most tests."""
         self.jobs = MemoryJobs(offers())
-        self.app.state.service = replace(self.app.state.service, jobs=self.jobs)
+        service = self.app.state.service
+        broker = replace(service.broker, jobs=self.jobs)
+        self.app.state.service = replace(service, jobs=self.jobs, broker=broker)
         return self
 
     def started(self, **changes: Any) -> str:
@@ -126,10 +142,13 @@ class Client:
 
 
 @contextmanager
-def client(of: Settings, jobs: MemoryJobs | None = None, peer: str = "127.0.0.1") -> Iterator[Client]:
-    """The app as its server runs it, lifespan and all, but without a socket; *peer* is where calls come from."""
+def client(of: Settings, jobs: MemoryJobs | None = None, peer: str = "127.0.0.1", **broker: Any) -> Iterator[Client]:
+    """
+    The app as its server runs it, lifespan and all, but without a socket; *peer* is where calls come from, *broker*
+    are parts of the broker.
+    """
     jobs = jobs if jobs is not None else MemoryJobs(offers())
-    app = create_app(of, jobs)
+    app = create_app(of, Broker(jobs=jobs, **{"catalogue": Catalogues([]), **broker}))
 
     @asynccontextmanager
     async def running() -> AsyncIterator[httpx.AsyncClient]:

@@ -6,7 +6,8 @@ import asyncio
 import multiprocessing
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from api.database import Database
 from api.nonces import Nonces
 from flows.errors import NotReady, ReplayedNonce
 
@@ -40,13 +42,18 @@ def accepted(url: str, *offered: tuple[str, str]) -> list[bool]:
     """Which of the (address, nonce) were accepted, by one process that opens, asks and closes."""
 
     async def ask() -> list[bool]:
-        nonces = Nonces(url)
-        await nonces.open()
-        answers = [await _accepts(nonces, *pair) for pair in offered]
-        await nonces.close()
-        return answers
+        async with opened(url) as nonces:
+            return [await _accepts(nonces, *pair) for pair in offered]
 
     return asyncio.run(ask())
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Nonces]:
+    database = Database(url)
+    await database.open()
+    yield Nonces(database)
+    await database.close()
 
 
 async def _accepts(nonces: Nonces, address: str, nonce: str) -> bool:
@@ -105,15 +112,32 @@ def test_of_two_processes_one_gets_each_nonce(url: str, request: pytest.FixtureR
     assert dict.fromkeys(range(1, RACES + 1), 1) == Counter(nonce for of_one in wins for nonce in of_one)
 
 
+def test_a_check_uses_nothing_up(url: str, request: pytest.FixtureRequest) -> None:
+    """And says what accepting would say; the latest, plus one, is always acceptable."""
+    me = request.node.name
+
+    async def ask() -> list[int]:
+        async with opened(url) as nonces:
+            seen = [await nonces.latest(me)]
+            for nonce in ("5", "7.5", "9" * 80):
+                await nonces.check(me, nonce)
+                await nonces.check(me, nonce)
+                await nonces.accept(me, nonce)
+                with pytest.raises(ReplayedNonce):
+                    await nonces.check(me, nonce)
+                seen.append(await nonces.latest(me))
+            await nonces.accept(me, str(seen[-1] + 1))
+            return seen
+
+    assert [0, 5, 8, int("9" * 80)] == asyncio.run(ask())
+
+
 def test_of_many_at_once_one_gets_the_nonce(url: str, request: pytest.FixtureRequest) -> None:
     """Twenty requests of one process with one nonce."""
 
     async def rush() -> list[Any]:
-        nonces = Nonces(url)
-        await nonces.open()
-        answers = await asyncio.gather(*(_accepts(nonces, request.node.name, "7") for _ in range(20)))
-        await nonces.close()
-        return answers
+        async with opened(url) as nonces:
+            return await asyncio.gather(*(_accepts(nonces, request.node.name, "7") for _ in range(20)))
 
     assert [False] * 19 + [True] == sorted(asyncio.run(rush()))
 
@@ -122,11 +146,11 @@ def test_a_database_that_does_not_answer_is_not_a_verdict() -> None:
     """Neither accepted nor replayed: ask again later."""
 
     async def ask() -> None:
-        nonces = Nonces("postgresql+asyncpg://nobody@127.0.0.1:1/none")
+        database = Database("postgresql+asyncpg://nobody@127.0.0.1:1/none")
         try:
-            await nonces.accept(ADDRESS, "1")
+            await Nonces(database).accept(ADDRESS, "1")
         finally:
-            await nonces.close()
+            await database.close()
 
     with pytest.raises(NotReady):
         asyncio.run(ask())

@@ -1,0 +1,106 @@
+"""What the dialects of consumers have in common: how they name things, and what each consumer may see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
+
+from fastapi.requests import Request
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from api import wire
+from api.auth import Caller
+from api.parameters import parse_object
+from api.service import Service
+from flows.errors import InvalidParameter, JobNotFound, NoSuchResult, Refusal
+from flows.jobs import ADMIN_KINDS, Job, parse_job_id
+
+ADDRESS: Final = r"^0x[0-9a-fA-F]{40}$"
+Address = Annotated[str, Field(pattern=ADDRESS, description="0x and 40 hex digits, in any case of letters")]
+_OUTPUT: Final = frozenset({"output"})
+
+
+def parse_if_text(value: Any) -> Any:
+    """A part that stands as JSON in a query string; everything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("{"):
+        return parse_object(text)
+    if not text.startswith("["):
+        return value
+    # As strict as for an object, which it is made part of.
+    return parse_object('{"list": ' + text + "}")["list"]
+
+
+OptionalObject = Annotated[
+    Mapping[str, Any], BeforeValidator(lambda value: {} if value in (None, "") else parse_if_text(value))
+]
+
+
+def parse_if_json(value: Any) -> Any:
+    """A value that may be anything: JSON where a text is an object or a list of it, else as it is."""
+    try:
+        return parse_if_text(value)
+    except InvalidParameter:
+        return value
+
+
+def one_job(value: Any) -> Any:
+    """As it was written, since that is what was signed; in form the id of a job."""
+    if not isinstance(value, str):
+        raise PydanticCustomError("job_id", "must be 32 hexadecimal digits")
+    try:
+        parse_job_id(value)
+    except Refusal:
+        raise PydanticCustomError("job_id", "must be 32 hexadecimal digits") from None
+    return value
+
+
+JobId = Annotated[
+    str,
+    BeforeValidator(lambda value: value if value == "" else one_job(value)),
+    Field(description="32 hex digits; empty is as if it were left out"),
+]
+
+
+def visible(job: Job, caller: Caller, request: Request, service: Service, *, named: bool = False) -> wire.View:
+    """
+    What *caller* may see of *job*: its owner all but what is for admins, an address on its whitelist the outputs,
+    others no URL. With *named*, who has not signed sees names and sizes: the job's id was given, which nobody can
+    guess, and clients of the original choose what to fetch by them.
+    """
+    base = str(service.settings.public_url or request.base_url).rstrip("/")
+
+    def link(of: Job, index: int) -> str:
+        return base + service.links.path(of.id, index, of.results[index].filename)
+
+    if caller.admin or caller.address == job.owner.lower():
+        return wire.View(link=link, admin=caller.admin)
+    if caller.address is not None and caller.address in job.whitelist:
+        return wire.View(link=link, kinds=_OUTPUT)
+    return wire.View(link=None, kinds=None if named else frozenset())
+
+
+async def result_of(service: Service, job_id: str, index: int, caller: Caller) -> Job:
+    """
+    The job whose result *index* the *caller* may have.
+
+    Raises:
+        JobNotFound: There is none of this id, or none of which this caller may know.
+        NoSuchResult
+    """
+    found = await service.jobs_for(None, job_id, "", caller)
+    if not found or not (caller.admin or caller.address in (found[0].owner.lower(), *found[0].whitelist)):
+        raise JobNotFound(f"consumerAddress has no job {job_id}")
+    job = found[0]
+    if not job.results:
+        raise NoSuchResult(f"No results for job {job_id}")
+    if not 0 <= index < len(job.results):
+        raise NoSuchResult(f"No such index {index} in this compute job")
+    kind = job.results[index].kind
+    owner = caller.admin or caller.address == job.owner.lower()
+    if (kind in ADMIN_KINDS and not caller.admin) or (kind not in _OUTPUT and not owner):
+        raise NoSuchResult(f"No such index {index} in this compute job")
+    return job

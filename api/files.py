@@ -1,0 +1,138 @@
+"""Files of assets over HTTP: what they are, and the files themselves for those who have ordered them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from blocks.remote import Remotes, Unreachable, remotes
+from fastapi.responses import Response, StreamingResponse
+
+from blocks.assets import AssetUnusable
+from blocks.catalogue import CatalogueUnavailable
+from blocks.files import BadFile, BadParameters, File, parse_file
+from blocks.guard import ForbiddenUrl
+from blocks.keys import FilesUnavailable, files_of
+from flows.broker import Broker
+from flows.errors import InvalidParameter, NotReady, SourceFailed
+
+SECONDS: Final = 60.0
+"""Deadline of looking at the files of one call, checksums among them."""
+MOST: Final = 100
+"""Files looked at in one call."""
+
+
+async def describe(
+    broker: Broker, *, did: str, service_id: str, file: Mapping[str, Any], parameters: Mapping[str, Any], checksum: bool
+) -> list[dict[str, Any]]:
+    """
+    What ``fileinfo`` answers: ``index, valid, contentLength, contentType``, with *checksum* also ``checksum`` and
+    ``checksumType``; of the files of an asset, or of the one *file*. Nothing tells where a file is.
+
+    Raises:
+        InvalidParameter, NotReady
+    """
+    files = await _named(broker, did, service_id) if did else (_given(file),)
+    try:
+        files = tuple(one.given(parameters) for one in files)
+    except BadParameters as fault:
+        raise InvalidParameter(f"userdata: {fault}") from None
+    async with remotes(broker.limits, broker.access) as opened:
+        found = await asyncio.gather(
+            *(_described(opened, one, checksum, broker.limits.total_bytes) for one in files[:MOST])
+        )
+    return [{"index": index, **each} for index, each in enumerate(found)]
+
+
+async def stream(file: File, name: str, broker: Broker) -> Response:
+    """
+    The bytes of *file* as they come from its source.
+
+    Raises:
+        SourceFailed: It does not give the file.
+    """
+    stack = AsyncExitStack()
+    try:
+        opened = await stack.enter_async_context(remotes(broker.limits, broker.access))
+        async with asyncio.timeout(SECONDS):
+            source = await opened.open(file)
+            first = await source.read()
+    except (Unreachable, ForbiddenUrl, TimeoutError):
+        await stack.aclose()
+        raise SourceFailed("The source of this file does not give it at present.") from None
+    except BaseException:
+        await stack.aclose()
+        raise
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            block = first
+            while block:
+                yield block
+                block = await source.read()
+        finally:
+            try:
+                await source.close()
+            finally:
+                await stack.aclose()
+
+    headers = {"Content-Disposition": f"attachment;filename={name}", "X-Content-Type-Options": "nosniff"}
+    if source.size is not None:
+        headers["Content-Length"] = str(source.size)
+    return StreamingResponse(body(), media_type=source.content_type or "application/octet-stream", headers=headers)
+
+
+async def _named(broker: Broker, did: str, service_id: str) -> tuple[File, ...]:
+    if not service_id:
+        raise InvalidParameter("serviceId: is required together with did")
+    try:
+        asset = await broker.catalogue.asset(did)
+        if asset is None:
+            raise InvalidParameter("did: Cannot resolve DID")
+        service = asset.service(service_id)
+        if service is None:
+            raise InvalidParameter("serviceId: Invalid serviceId")
+        return files_of(asset, service, broker.key)
+    except CatalogueUnavailable:
+        raise NotReady("The catalogue of assets cannot be reached; try again in a moment.") from None
+    except (AssetUnusable, FilesUnavailable):
+        raise InvalidParameter("did: Unable to get dataset files") from None
+
+
+def _given(file: Mapping[str, Any]) -> File:
+    if not file:
+        raise InvalidParameter("did: give did and serviceId, or a file object: type and what belongs to it")
+    try:
+        return parse_file(file)
+    except BadFile as fault:
+        raise InvalidParameter(str(fault)) from None
+
+
+async def _described(opened: Remotes, file: File, checksum: bool, ceiling: int) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        async with asyncio.timeout(SECONDS):
+            source = await opened.open(file)
+            try:
+                while block := await source.read():
+                    digest.update(block)
+                    size += len(block)
+                    if not checksum:
+                        break
+                    if size > ceiling:
+                        return {"valid": False}
+            finally:
+                await source.close()
+    except (Unreachable, ForbiddenUrl, TimeoutError):
+        return {"valid": False}
+    whole = size if checksum else source.size
+    told: dict[str, Any] = {
+        "valid": True,
+        "contentLength": "" if whole is None else str(whole),
+        "contentType": source.content_type or "",
+    }
+    return {**told, "checksum": digest.hexdigest(), "checksumType": "sha256"} if checksum else told
