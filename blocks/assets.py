@@ -10,6 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 ACTIVE: Final = 0
 """``nft.state`` of an asset that may be used."""
 
+DID_PREFIX: Final = "did:op:"
+
+
+def folder_name(asset_id: str) -> str:
+    """The name of a data set's folder: its id without ``did:op:``."""
+    return asset_id.removeprefix(DID_PREFIX)
+
 
 class AssetMalformed(Exception):
     """A DDO that is none. The text names fields, never what stands in them."""

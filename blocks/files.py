@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 LONGEST_URL: Final = 8_192
 
@@ -125,6 +134,9 @@ FileObject = Annotated[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartCon
 _ONE: Final[TypeAdapter[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile]] = TypeAdapter(FileObject)
 
 
+_TYPE: Final = "is no type of file"
+
+
 class BadFile(ValueError):
     """No file object. The text names fields, never what stands in them."""
 
@@ -142,10 +154,17 @@ def parse_file(value: Any) -> UrlFile | IpfsFile | ArweaveFile | GraphqlFile | S
         return _ONE.validate_python(value)
     except ValidationError as fault:
         faults = [
-            f"{'.'.join(str(part) for part in error['loc'][1:]) or 'type'}: {error['msg']}"
+            # pydantic's words for an unknown type quote it.
+            f"{_field(error['loc'][1:])}: {_TYPE if error['type'] == 'union_tag_invalid' else error['msg']}"
             for error in fault.errors(include_url=False, include_context=False, include_input=False)
         ]
     raise BadFile("; ".join(faults))
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """Of headers only that: what stands in place of a name may be a value."""
+    names = list(map(str, location))
+    return ".".join(names[:1] if "headers" in names else names) or "type"
 
 
 def parse_files(values: Any) -> tuple[UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile, ...]:

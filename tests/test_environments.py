@@ -179,7 +179,7 @@ def test_credentials_of_a_store_are_kept_secret(
     register_from(written(tmp_path, one(first, **secret), one(second)))
     block = load_environments_sync(client)[first]
     assert {"key": MARKER} == dict(block.store().storage_options)
-    assert {"s3": {"key": MARKER}} == dict(block.storage_options())
+    assert {"s3": {"key": MARKER}} == dict(block.access().storage_options)
     shown = httpx.post(f"{prefect_server.api}/block_documents/filter", json={}).raise_for_status().text
     stored = b"".join(path.read_bytes() for path in prefect_server.database.parent.glob("prefect.db*"))
     assert first in shown and first.encode() in stored
