@@ -178,11 +178,11 @@ class FileServer:
         self.requests[self.url + request.path] += 1
         received = Received(request.method, request.path_qs, CIMultiDict(request.headers), await request.read())
         self.received.append(received)
-        if answer := self._answers.get(request.path):
-            return await asyncio.to_thread(answer, received)
         self._waiting += 1
         self.most_at_once = max(self.most_at_once, self._waiting)
         try:
+            if answer := self._answers.get(request.path):
+                return await asyncio.to_thread(answer, received)
             return await self._serve(request)
         finally:
             self._waiting -= 1
