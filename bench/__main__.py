@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from blocks.files import UrlFile
 from blocks.limits import FetchLimits
 from cli.service import ROOT, Service
 from tasks.provision import InputSource, fetch_inputs
@@ -98,7 +99,8 @@ def slow_inputs(console: Console) -> Iterator[Row]:
     """50 inputs from a server that delays each answer by 200 ms: together, and one after another."""
     with FileServer() as server, tempfile.TemporaryDirectory() as folder:
         sources = [
-            InputSource(id=f"did:op:{n}", index=n, urls=(server.add(b"x" * 1000, delay=DELAY),)) for n in range(INPUTS)
+            InputSource(id=f"did:op:{n}", index=n, files=(UrlFile(url=server.add(b"x" * 1000, delay=DELAY)),))
+            for n in range(INPUTS)
         ]
         together = _timed(lambda: fetch_inputs(sources, Path(folder) / "together", LOOPBACK))
         console.print("50 slow inputs one after another ...")
@@ -115,7 +117,7 @@ def big_input(console: Console) -> Iterator[Row]:
     console.print("one input of 2 GiB ...")
     process = psutil.Process()
     with FileServer() as server, tempfile.TemporaryDirectory() as folder:
-        source = InputSource(id="did:op:big", index=0, urls=(server.add(b"", size=size),))
+        source = InputSource(id="did:op:big", index=0, files=(UrlFile(url=server.add(b"", size=size)),))
         before = process.memory_info().rss
         peak = before
 

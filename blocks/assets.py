@@ -23,6 +23,13 @@ UNLISTED: Final = 5
 DID: Final = r"^did:op:[0-9A-Za-z_-]{1,128}$"
 """What may stand in a URL, in a file name and in a tag as it is."""
 
+DID_PREFIX: Final = "did:op:"
+
+
+def folder_name(asset_id: str) -> str:
+    """The name of a data set's folder: its id without ``did:op:``."""
+    return asset_id.removeprefix(DID_PREFIX)
+
 
 class AssetUnusable(Exception):
     """An asset that is known and cannot be used. The text names fields, never what stands in them."""

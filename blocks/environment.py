@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -12,10 +12,11 @@ from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.client.schemas.objects import BlockDocument
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.types import SecretDict
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from blocks.limits import Offer
 from blocks.process import ProcessRunner
+from blocks.remote import Access
 from blocks.runner import Runner
 from blocks.store import ResultStore
 
@@ -69,6 +70,33 @@ class ComputeEnvironment(Block):
         description="Options and credentials for fetching inputs, by URL scheme, as fsspec takes them.",
     )
 
+    ipfs_gateway: str = Field(
+        default="",
+        description="URL of the trustless IPFS gateway that files are fetched through; empty: there is none.",
+    )
+    arweave_gateway: str = Field(
+        default="",
+        description="URL of the Arweave gateway that files are fetched through; empty: there is none.",
+    )
+    chains: SecretDict = Field(
+        default=SecretDict({}),
+        description="URL of a JSON-RPC node by the id of its chain, for files that are values of contracts.",
+    )
+
+    @field_validator("ipfs_gateway", "arweave_gateway")
+    @classmethod
+    def _gateway(cls, url: str) -> str:
+        return _http_url(url) if url else url
+
+    @field_validator("chains")
+    @classmethod
+    def _nodes(cls, chains: SecretDict) -> SecretDict:
+        for name, url in chains.get_secret_value().items():
+            if not (name.isascii() and name.isdigit()):
+                raise ValueError("has a name that is no id of a chain")
+            _http_url(url)
+        return chains
+
     @model_validator(mode="after")
     def _offers_what_its_runner_has(self) -> Self:
         if self.runner == "process" and self.offer.limits.gpus:
@@ -94,8 +122,20 @@ class ComputeEnvironment(Block):
         root = self.results.rstrip("/") or (state_folder() / "store").as_uri()
         return ResultStore(url=f"{root}/{part}", storage_options=self.results_options.get_secret_value())
 
-    def storage_options(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.fetch_options.get_secret_value()
+    def access(self) -> Access:
+        """How files are reached from here."""
+        return Access(
+            storage_options=self.fetch_options.get_secret_value(),
+            ipfs_gateway=self.ipfs_gateway,
+            arweave_gateway=self.arweave_gateway,
+            chains={int(chain): url for chain, url in self.chains.get_secret_value().items()},
+        )
+
+
+def _http_url(url: Any) -> str:
+    if not (isinstance(url, str) and url.startswith(("http://", "https://"))):
+        raise ValueError("is not a URL of http or https")
+    return url
 
 
 def environments_of(documents: Iterable[BlockDocument]) -> dict[str, ComputeEnvironment]:

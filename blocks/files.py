@@ -161,10 +161,16 @@ def parse_file(value: Any) -> File:
         return _ONE.validate_python(value)
     except ValidationError as fault:
         faults = [
-            f"{'.'.join(str(part) for part in error['loc'][1:]) or 'type'}: {error['msg']}"
+            f"{_field(error['loc'][1:])}: {error['msg']}"
             for error in fault.errors(include_url=False, include_context=False, include_input=False)
         ]
     raise BadFile("; ".join(faults))
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """Of headers only that: what stands in place of a name may be a value."""
+    names = list(map(str, location))
+    return ".".join(names[:1] if "headers" in names else names) or "type"
 
 
 def parse_files(values: Any) -> tuple[File, ...]:

@@ -1,7 +1,7 @@
 """
 The outgoing guard: what this house fetches on a consumer's word.
 
-A URL is checked twice. Its text, before anything is asked of the network (``check_url``); and every address
+A URL is checked twice. Its text, before anything is asked of the network (``blocks.urls``); and every address
 really connected to, by the socket factory of the connector. Only the second holds against redirects, names
 that change their address between two look-ups, and hosts spelt as ``2130706433`` or ``127.1``.
 """
@@ -9,25 +9,17 @@ that change their address between two look-ups, and hosts spelt as ``2130706433`
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
+from collections.abc import Iterable
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
 
 import aiohttp
 from yarl import URL
 
 from blocks.limits import FetchLimits
+from blocks.urls import ForbiddenUrl
 
-HTTP: Final = frozenset({"http", "https"})
 REDIRECTS: Final = 8
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_BRACKETED_HOST = re.compile(r"^[a-z]+://\[[^\]/]*\]", re.IGNORECASE)
-
-# Everything RFC 3986 lets stand in a URL, and %: what is escaped already stays as it is, because a pre-signed
-# URL is signed over its exact spelling.
-_LEGAL: Final = "!#$%&'()*+,/:;=?@[]~"
 
 # Python before 3.12.4 calls most of 192.0.0.0/24 global; Oracle's metadata service lives in it.
 # 168.63.129.16 is a public address by number and hands Azure's machines their secrets.
@@ -35,14 +27,6 @@ _NEVER: Final = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _IPV4_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
-
-
-class ForbiddenUrl(Exception):
-    """A URL that is not fetched. *reason* says what is wrong with it ("it has no host") quoting none of it."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
 
 
 class ForbiddenAddress(OSError):
@@ -55,54 +39,6 @@ class ForbiddenAddress(OSError):
 
     def __init__(self) -> None:
         super().__init__("address is not public")
-
-
-def check_url(url: str, limits: FetchLimits) -> str:
-    """
-    The URL as it may be requested, its host in ASCII, illegal characters escaped, its fragment dropped.
-
-    For schemes other than http and https only the text can be checked here: an operator who adds one trusts
-    the hosts its file system connects to.
-
-    Raises:
-        ForbiddenUrl: Not one of ``limits.schemes``; a chain (``zip::…``); credentials in the URL; no host;
-            control characters.
-    """
-    url = url.strip(" ")
-    if _CONTROL.search(url):
-        raise ForbiddenUrl("it contains control characters")
-    if "::" in _BRACKETED_HOST.sub("", url):
-        raise ForbiddenUrl("it is a chain; spell a literal :: as %3A%3A")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        parts = None
-    if parts is None:
-        raise ForbiddenUrl("its host or port is not valid")
-    if parts.scheme not in limits.schemes:
-        raise ForbiddenUrl(f"its scheme is not one of {', '.join(limits.schemes)}")
-    if parts.scheme not in HTTP:
-        if not (parts.netloc or parts.path.strip("/")):
-            raise ForbiddenUrl("it names no file")
-        return url
-    if "@" in parts.netloc:
-        raise ForbiddenUrl("it carries credentials")
-    if not host:
-        raise ForbiddenUrl("it has no host")
-    return f"{_origin(parts.scheme, host, port)}{_escaped(parts.path or '/', parts.query)}"
-
-
-def _escaped(path: str, query: str) -> str:
-    return quote(f"{path}?{query}" if query else path, safe=_LEGAL).replace("#", "%23")
-
-
-def _origin(scheme: str, host: str, port: int | None) -> str:
-    try:
-        return str(URL.build(scheme=scheme, host=host, port=port).origin())
-    except ValueError:
-        pass
-    raise ForbiddenUrl("its host or port is not valid")
 
 
 def is_allowed(address: str, limits: FetchLimits) -> bool:
@@ -157,17 +93,25 @@ def guarded_session(limits: FetchLimits, **more: Any) -> aiohttp.ClientSession:
     another's. Proxies and ``.netrc`` of the environment are not used: a proxy would connect where the guard
     cannot look, and the credentials of this machine are not the consumer's.
     """
+    return _session(limits, guarded_connector(limits), middlewares=(schemes_only(limits),), **more)
 
-    async def check_scheme(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        if request.url.scheme not in limits.schemes:
-            raise ForbiddenUrl("it redirects to a scheme that is not allowed")
-        return await send(request)
 
+def operators_session(limits: FetchLimits, **more: Any) -> aiohttp.ClientSession:
+    """
+    An HTTP client for what the operator has configured, which may be at any address: gateways, nodes of chains.
+
+    It is no way round the guard as long as every request is sent with ``stays_at``: what such a server redirects
+    to is not the operator's choice any more.
+    """
+    connector = aiohttp.TCPConnector(limit=limits.connections, limit_per_host=limits.connections_per_host)
+    return _session(limits, connector, **more)
+
+
+def _session(limits: FetchLimits, connector: aiohttp.TCPConnector, **more: Any) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=guarded_connector(limits),
+        connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
-        middlewares=(check_scheme,),
         timeout=aiohttp.ClientTimeout(
             total=None,
             # Not `connect`: that counts the wait for a free connection too, and fails the last of many.
@@ -176,3 +120,61 @@ def guarded_session(limits: FetchLimits, **more: Any) -> aiohttp.ClientSession:
         ),
         **more,
     )
+
+
+# Middlewares of a request. aiohttp calls them for each hop of a redirect; those of a request replace those of its
+# session.
+
+
+def schemes_only(limits: FetchLimits) -> aiohttp.ClientMiddlewareType:
+    """Refuses a hop to a scheme that is not allowed."""
+
+    async def check(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        if request.url.scheme not in limits.schemes:
+            raise ForbiddenUrl("it redirects to a scheme that is not allowed")
+        return await send(request)
+
+    return check
+
+
+def keeps_to_itself(url: URL, headers: Iterable[str], *, body: bool) -> aiohttp.ClientMiddlewareType:
+    """
+    Keeps what was given for the origin of *url* from every other one.
+
+    *headers* are taken off once a redirect has left it, and stay off if a later one comes back: where to, another
+    server has said. With a *body*, leaving it with that body is refused. aiohttp alone takes off Authorization,
+    Cookie and Proxy-Authorization; keys of APIs have any name.
+    """
+    names = tuple(headers)
+    left = False
+
+    async def keep(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        nonlocal left
+        left = left or request.url.origin() != url.origin()
+        if left:
+            if body and request.method == "POST":
+                raise ForbiddenUrl("it redirects what is sent to it to another server")
+            for name in names:
+                request.headers.popall(name, None)
+        return await send(request)
+
+    return keep
+
+
+class LeftOrigin(Exception):
+    """An operator's server redirects to another one, at *url*. The text does not say where."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        super().__init__("redirects to another server")
+
+
+def stays_at(url: URL) -> aiohttp.ClientMiddlewareType:
+    """Raises LeftOrigin before anything is sent to another origin than that of *url*."""
+
+    async def stay(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        if request.url.origin() != url.origin():
+            raise LeftOrigin(request.url)
+        return await send(request)
+
+    return stay

@@ -25,11 +25,12 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 
+from blocks.assets import folder_name
 from blocks.environment import ComputeEnvironment
 from blocks.limits import MIB
 from blocks.runner import Ending, ExitReport, Image
 from blocks.store import Kind
-from flows.plan import Plan, PlannedStage, Step, folder_name
+from flows.plan import Plan, PlannedStage, Step
 from flows.states import SKIPPED
 from flows.status import Phase, Status
 from tasks.execute import execute_algorithm
@@ -90,18 +91,18 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
         return _skipped()
     stage, workspace, limits = site.stage, site.workspace, site.environment.offer.fetch
     workspace.create()
-    by_url = [
-        InputSource(id=planned.id, index=n, urls=planned.urls)
+    sources = [
+        InputSource(id=planned.id, index=n, files=planned.files)
         for n, planned in enumerate(stage.inputs)
         if planned.stage is None
     ]
     try:
         with _progress(fetch_key(stage.index), f"Inputs of stage {stage.index}") as report:
             fetched = fetch_inputs(
-                by_url,
+                sources,
                 workspace.inputs,
                 limits,
-                storage_options=site.environment.storage_options(),
+                access=site.environment.access(),
                 on_progress=report,
                 stop=site.stop,
             )
@@ -125,11 +126,11 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
     workspace.create()
     try:
         fetched = fetch_algorithm(
-            stage.algorithm_url,
+            stage.algorithm_file,
             stage.rawcode,
             workspace.algorithm,
             site.environment.offer.fetch,
-            storage_options=site.environment.storage_options(),
+            access=site.environment.access(),
             stop=site.stop,
         )
     except AlgorithmUnreachable as problem:
@@ -155,7 +156,7 @@ def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: Fetche
         secret=site.secret,
         variables=stage.variables,
         limits=stage.limits,
-        network=environment.offer.network,
+        network=environment.offer.network and stage.network,
         stop=site.stop,
     )
     logger = get_run_logger()

@@ -222,7 +222,7 @@ def summary_of(plan: Plan) -> Mapping[str, Any]:
         "stages": [stage.index for stage in stages],
         "seconds": {str(stage.index): stage.limits.seconds for stage in stages},
         "inputs": [planned.id for stage in stages for planned in stage.inputs if planned.stage is None],
-        "urls": sum(len(planned.urls) for stage in stages for planned in stage.inputs),
+        "urls": sum(len(planned.files) for stage in stages for planned in stage.inputs),
         "algorithm": next((stage.algorithm_id for stage in stages if stage.algorithm_id), None),
         "image": f"{stages[-1].container.image}:{stages[-1].container.tag}",
     }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Final
-from urllib.parse import urlsplit
 
+from blocks.assets import folder_name
+from blocks.files import FileObject, GraphqlFile, UrlFile
 from blocks.limits import GIB, Limits, Offer
+from blocks.urls import ForbiddenUrl, check_request
 from flows.errors import InvalidWorkflow, Problem
 from flows.status import Phase
 from flows.workflow import PARTS, REQUIRED, Algorithm, Compute, Container, Input, Stage, Workflow
@@ -19,8 +22,6 @@ MAX_URLS: Final = 20_000
 MAX_RAWCODE: Final = 10 * 1024**2
 LONGEST_VARIABLE: Final = 100_000
 
-DID_PREFIX: Final = "did:op:"
-
 # A data set's id is a folder name under /data/inputs, so nothing may pass that a file system or a shell reads
 # differently. Unicode look-alikes are out with everything else that is not listed.
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
@@ -28,16 +29,10 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _CHECKSUM: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _IMAGE: Final = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,254}")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_BRACKETED: Final = re.compile(r"\[[^\]]*\]")
 RESERVED_NAMES: Final = frozenset({"algoCustomData.json"})
 RESERVED_VARIABLES: Final = frozenset(
     {"DIDS", "TRANSFORMATION_DID", "VOLUME", "INPUTS", "OUTPUTS", "LOGS", "ALGO", "secret", "PATH", "HOME"}
 )
-
-
-def folder_name(asset_id: str) -> str:
-    """The name of a data set's folder: its id without ``did:op:``."""
-    return asset_id.removeprefix(DID_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -52,10 +47,10 @@ class Step:
 
 @dataclass(frozen=True)
 class PlannedInput:
-    """One data set of a stage: by URL or from another stage, never both."""
+    """One data set of a stage: files, or what another stage puts out, never both."""
 
     id: str
-    urls: tuple[str, ...] = field(repr=False, default=())
+    files: tuple[FileObject, ...] = field(repr=False, default=())
     stage: int | None = None
 
 
@@ -68,7 +63,7 @@ class PlannedStage:
     depends_on: tuple[int, ...]
     inputs: tuple[PlannedInput, ...]
     algorithm_id: str | None
-    algorithm_url: str | None = field(repr=False)
+    algorithm_file: FileObject | None = field(repr=False)
     rawcode: str | None = field(repr=False)
     container: Container
     limits: Limits
@@ -76,6 +71,8 @@ class PlannedStage:
     variables: Mapping[str, str] = field(repr=False)
     publish_output: bool
     publish_algorithm_log: bool
+    network: bool = True
+    """Whether the algorithm may have a network, if its environment has one to give."""
 
     @property
     def dids(self) -> tuple[str, ...]:
@@ -105,15 +102,17 @@ class Plan:
             waits = f", after stage {', '.join(map(str, stage.depends_on))}" if stage.depends_on else ""
             yield f"stage {stage.index} in {stage.environment}{waits}"
             for planned in stage.inputs:
-                source = f"stage {planned.stage}" if planned.stage is not None else f"{len(planned.urls)} URL(s)"
+                source = f"stage {planned.stage}" if planned.stage is not None else _counted(planned.files)
                 yield f"  input      {planned.id}: {source}"
-            code = "by URL" if stage.algorithm_url else "raw code"
+            code = f"by {_kind(stage.algorithm_file)}" if stage.algorithm_file else "raw code"
             # Not the entrypoint: it is code, may hold what nobody else is to see, and this text goes into logs.
             yield f"  algorithm  {stage.algorithm_id or 'unnamed'} ({code}) for {stage.container.image}"
             yield (
                 f"  limits     {limits.seconds:g} s, {limits.memory_bytes / GIB:g} GiB memory, "
                 f"{limits.disk_bytes / GIB:g} GiB disk, {limits.cpus:g} cpu, {limits.gpus} gpu"
             )
+            if not stage.network:
+                yield "  network    none"
             publishes = [
                 name
                 for name, wanted in (("outputs", stage.publish_output), ("log", stage.publish_algorithm_log))
@@ -124,6 +123,15 @@ class Plan:
         width = max(len(step.name) for step in self.steps)
         for step in self.steps:
             yield f"{step.name:<{width}}  <-  {', '.join(step.after) or 'start'}"
+
+
+def _kind(file: FileObject) -> str:
+    return "URL" if isinstance(file, UrlFile) else f"{file.type} file"
+
+
+def _counted(files: Iterable[FileObject]) -> str:
+    """How many of each kind, in the order they first appear."""
+    return ", ".join(f"{count} {kind}(s)" for kind, count in Counter(map(_kind, files)).items())
 
 
 def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
@@ -195,11 +203,11 @@ def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapp
         environment=offer.id,
         depends_on=depends_on,
         inputs=tuple(
-            PlannedInput(id=_input_id(part), urls=part.url, stage=part.stage) for part in _in_order(stage.input)
+            PlannedInput(id=_input_id(part), files=_files(part), stage=part.stage) for part in _in_order(stage.input)
         ),
         algorithm_id=algorithm.id,
-        algorithm_url=algorithm.url or None,
-        rawcode=None if algorithm.url else algorithm.rawcode,
+        algorithm_file=_algorithm_file(algorithm),
+        rawcode=None if _algorithm_file(algorithm) else algorithm.rawcode,
         container=algorithm.container,
         limits=offer.limits.capped(
             seconds=stage.compute.maxtime,
@@ -212,7 +220,16 @@ def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapp
         variables=dict(algorithm.envs or {}),
         publish_output=stage.output.publish_output,
         publish_algorithm_log=stage.output.publish_algorithm_log,
+        network=stage.compute.network is not False,
     )
+
+
+def _files(part: Input) -> tuple[FileObject, ...]:
+    return part.files or tuple(UrlFile(url=url) for url in part.url)
+
+
+def _algorithm_file(algorithm: Algorithm) -> FileObject | None:
+    return algorithm.file or (UrlFile(url=algorithm.url) if algorithm.url else None)
 
 
 def _bytes(gibibytes: float | None) -> int | None:
@@ -257,9 +274,9 @@ def _missing_problems(workflow: Workflow) -> Iterator[Problem]:
 def _size_problems(workflow: Workflow) -> Iterator[Problem]:
     if len(workflow.stages) > MAX_STAGES:
         yield Problem("stages", f"{len(workflow.stages)} stages; at most {MAX_STAGES}")
-    inputs = sum(len(part.url) or 1 for stage in workflow.stages for part in stage.input)
+    inputs = sum(len(part.url) + len(part.files) or 1 for stage in workflow.stages for part in stage.input)
     if inputs > MAX_URLS:
-        yield Problem("stages", f"{inputs} inputs and URLs in all; at most {MAX_URLS}")
+        yield Problem("stages", f"{inputs} inputs, URLs and files in all; at most {MAX_URLS}")
 
 
 def _name_problems(workflow: Workflow) -> Iterator[Problem]:
@@ -359,9 +376,10 @@ def _names(offers: Mapping[str, Offer]) -> str:
 
 
 def _input_problems(path: str, part: Input, offer: Offer | None) -> Iterator[Problem]:
-    given = [name for name in ("url", "remote", "stage") if getattr(part, name) not in (None, ())]
+    sources = ("url", "files", "remote", "stage")
+    given = [name for name in sources if getattr(part, name) not in (None, ())]
     if len(given) != 1:
-        yield Problem(path, f"give one of url, remote, stage; {' and '.join(given) or 'none'} is given")
+        yield Problem(path, f"give one of {', '.join(sources)}; {' and '.join(given) or 'none'} is given")
     if part.remote is not None:
         yield Problem(f"{path}.remote", "looking assets up in a metadata store is not offered yet; give url")
     if not part.id:
@@ -372,39 +390,30 @@ def _input_problems(path: str, part: Input, offer: Offer | None) -> Iterator[Pro
     elif folder_name(part.id) in RESERVED_NAMES:
         yield Problem(f"{path}.id", "is a reserved name")
     for n, url in enumerate(part.url):
-        yield from _url_problems(f"{path}.url.{n}", url, offer)
+        yield from _file_problems(f"{path}.url.{n}", UrlFile(url=url), offer)
+    for n, file in enumerate(part.files):
+        yield from _file_problems(f"{path}.files.{n}", file, offer)
 
 
-def _url_problems(path: str, url: str, offer: Offer | None) -> Iterator[Problem]:
-    """Never quotes the URL: it is its owner's secret, and this text reaches logs and screens."""
-    schemes = offer.fetch.schemes if offer is not None else ()
-    if any(ord(c) < 0x21 or ord(c) == 0x7F for c in url):
-        yield Problem(path, "has white space or control characters")
-        return
-    if "::" in _BRACKETED.sub("", url):
-        yield Problem(path, "chained URLs are not allowed; spell a literal :: as %3A%3A")
-        return
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        yield Problem(path, "is not a URL")
-        return
-    if offer is not None and parts.scheme.lower() not in schemes:
-        yield Problem(path, f"its scheme is not allowed in this environment; allowed: {', '.join(schemes)}")
-    elif parts.scheme.lower() in ("http", "https") and "@" in parts.netloc:
-        yield Problem(path, "carries credentials, which are not allowed in a URL")
-    elif not host and parts.scheme.lower() != "memory":
-        yield Problem(path, "names no host")
+def _file_problems(path: str, file: FileObject, offer: Offer | None) -> Iterator[Problem]:
+    """What its text tells, never quoting it: it is its owner's secret, and this text reaches logs and screens."""
+    if isinstance(file, UrlFile | GraphqlFile):
+        try:
+            check_request(file, offer.fetch.schemes if offer is not None else None)
+        except ForbiddenUrl as refused:
+            yield Problem(path, refused.reason)
 
 
 def _algorithm_problems(path: str, algorithm: Algorithm, offer: Offer | None) -> Iterator[Problem]:
-    if algorithm.remote is not None and not algorithm.url and not algorithm.rawcode:
+    given = algorithm.file or algorithm.url or algorithm.rawcode
+    if algorithm.remote is not None and not given:
         yield Problem(f"{path}.remote", "looking algorithms up is not offered yet; give url or rawcode")
-    elif not algorithm.url and not algorithm.rawcode:
+    elif not given:
         yield Problem(path, "give url or rawcode")
     if algorithm.url:
-        yield from _url_problems(f"{path}.url", algorithm.url, offer)
+        yield from _file_problems(f"{path}.url", UrlFile(url=algorithm.url), offer)
+    if algorithm.file is not None:
+        yield from _file_problems(f"{path}.file", algorithm.file, offer)
     if algorithm.rawcode and len(algorithm.rawcode.encode("utf-8", "surrogatepass")) > MAX_RAWCODE:
         yield Problem(f"{path}.rawcode", f"is longer than {MAX_RAWCODE} bytes; give url")
     if algorithm.id and (not _SAFE_ID.fullmatch(algorithm.id) or ".." in algorithm.id):

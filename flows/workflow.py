@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
+from blocks.files import FileObject, parse_file
 from flows.errors import InvalidWorkflow, Problem
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -70,6 +71,10 @@ def _json(value: Any) -> Any:
     return value
 
 
+def _file(value: Any) -> Any:
+    return parse_file(_json(value)) if isinstance(value, Mapping) else value
+
+
 DEEPEST: Final = 100
 LARGEST_JSON: Final = 1_000_000
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -81,6 +86,8 @@ Urls = Annotated[
     tuple[Annotated[str, StringConstraints(min_length=1, max_length=8_192)], ...],
     BeforeValidator(_one_or_many),
 ]
+File = Annotated[FileObject, BeforeValidator(_file)]
+"""Read by ``parse_file``, whose words name no member of the union, and none of the headers."""
 Flag = Annotated[bool, BeforeValidator(_flag)]
 
 
@@ -108,11 +115,12 @@ class Remote(Document):
 
 
 class Input(Document):
-    """One data set: by URL, by look-up, or the outputs of another stage (ours)."""
+    """One data set: by URL, by look-up; ours: by file objects, or the outputs of another stage."""
 
     id: Scalar = ""
     index: Index | None = None
     url: Urls = Field(default=(), repr=False)
+    files: tuple[File, ...] = Field(default=(), repr=False)
     remote: Remote | None = None
     stage: Index | None = None
 
@@ -132,6 +140,8 @@ class Compute(Document):
     maxtime: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     """Seconds; the smaller of it and the environment's limit holds."""
     resources: Resources = Resources()
+    network: bool | None = None
+    """Ours. False takes the algorithm's network away; else the environment says whether it has one."""
 
 
 class Container(Document):
@@ -143,12 +153,14 @@ class Container(Document):
 
 class Algorithm(Document):
     """
-    One of url, rawcode, remote; ``url`` wins over ``rawcode``, as in the document's own example. ``algouserdata``
-    belongs to fetching a remote algorithm and is passed over until there is that.
+    One of url, rawcode, remote; ``url`` wins over ``rawcode``, as in the document's own example. Ours: ``file``, a
+    file object, which wins over both. ``algouserdata`` belongs to fetching a remote algorithm and is passed over
+    until there is that.
     """
 
     id: Scalar | None = None
     url: Annotated[str, StringConstraints(max_length=8_192)] | None = Field(default=None, repr=False)
+    file: File | None = Field(default=None, repr=False)
     rawcode: Text | None = Field(default=None, repr=False)
     remote: Remote | None = None
     container: Container = Container()

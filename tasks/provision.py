@@ -1,9 +1,8 @@
 """
 Bring the data sets, the algorithm and its parameters into a stage's folder.
 
-A data set's URL is its owner's secret. Nothing here puts one into a message, a repr or a log: what went wrong
-is said by position. Exceptions of the libraries below quote the URL in their text, so they are turned into
-words where they are caught and what is raised is raised outside the ``except`` block, without a context.
+Where a data set's files are is its owner's secret. Nothing here puts any of it into a message, a repr or a log: what
+went wrong is said by position, in the words of ``blocks.remote``, and raised without a context.
 """
 
 from __future__ import annotations
@@ -14,62 +13,41 @@ import hashlib
 import json
 import os
 import re
-import socket
 import stat
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from threading import Event
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, Final
 
-import aiohttp
-import fsspec
-from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.http import HTTPFileSystem
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    stop_after_attempt,
-    wait_exponential_jitter,
-)
-
-from blocks.guard import HTTP, REDIRECTS, ForbiddenAddress, ForbiddenUrl, check_url, guarded_session
-from blocks.limits import MIB, FetchLimits
+from blocks.assets import folder_name
+from blocks.files import FileObject, UrlFile
+from blocks.limits import FetchLimits
+from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, remotes, tries
 from tasks.results import open_regular, regular_files
 from tasks.workspace import Workspace
 
-CHUNK: Final = MIB // 2
-"""Bytes of one file held in memory; times ``FetchLimits.connections`` is what a stage's fetching needs."""
-LONGEST_WAIT: Final = 30.0
-"""Seconds between two tries, whatever Retry-After asks for."""
 SECONDS_BETWEEN_REPORTS: Final = 0.2
 STOP_TICK: Final = 0.25
 """Seconds between two looks at whether to stop."""
 
-DID_PREFIX: Final = "did:op:"
-_MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}")
-_TRANSIENT_STATUS: Final = frozenset({408, 425, 429})
-
-T = TypeVar("T")
 Progress = Callable[[int, int, int, int], None]
 """Called with (bytes done, bytes announced or 0 while unknown, files done, files)."""
 
+_NOTHING_CONFIGURED: Final = Access()
+
 
 class InputUnreachable(Exception):
-    """A data set could not be fetched. Names it by position, never by URL."""
+    """A data set could not be fetched. Names it by position, never by where it is."""
 
 
 class AlgorithmUnreachable(Exception):
-    """The algorithm could not be fetched. Never names its URL."""
+    """The algorithm could not be fetched. Never says where it is."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +56,7 @@ class InputSource:
 
     id: str
     index: int
-    urls: tuple[str, ...] = field(repr=False)
+    files: tuple[FileObject, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -98,27 +76,26 @@ def fetch_inputs(
     into: Path,
     limits: FetchLimits,
     *,
-    storage_options: Mapping[str, Mapping[str, Any]] | None = None,
+    access: Access = _NOTHING_CONFIGURED,
     on_progress: Progress | None = None,
     stop: Event | None = None,
 ) -> tuple[FetchedFile, ...]:
     """
-    Fetch every URL of every input at once into ``<into>/<id without "did:op:">/<n>``.
+    Fetch every file of every input at once into ``<into>/<id without "did:op:">/<n>``.
 
-    n counts the URLs of an input from 0; inputs with the same id share a folder and the count goes on.
-    *storage_options* are fsspec's, by scheme; http and https take none, because a header for every host would
-    be told to every host. *on_progress* is called in the calling thread, a few times a second at most. Setting
-    *stop*, from any thread, ends the fetching as a failure within a second.
+    n counts the files of an input from 0; inputs with the same id share a folder and the count goes on. *access* is
+    how this house reaches sources. *on_progress* is called in the calling thread, a few times a second at most.
+    Setting *stop*, from any thread, ends the fetching as a failure within a second.
     Blocks; runs an event loop of its own. Repeating it overwrites.
 
     File systems of fsspec that are not asynchronous run in threads: one that hangs is given up after
     ``seconds_silent``, and its thread is still waited for at the end.
 
     Returns:
-        One per URL, in the order given.
+        One per file, in the order given.
 
     Raises:
-        InputUnreachable: One URL failed for good, or there are more than ``total_bytes`` in all, or
+        InputUnreachable: One file failed for good, or there are more than ``total_bytes`` in all, or
             ``seconds_total`` have passed. The others are cancelled at once. No partial file is left; complete
             ones are.
         OSError: This machine's disk.
@@ -127,43 +104,45 @@ def fetch_inputs(
     items = []
     for source in sources:
         name = _folder_name(source.id)
-        for number, url in enumerate(source.urls, start=1):
+        kind = "URL" if all(map(_is_plain, source.files)) else "file"
+        for number, file in enumerate(source.files, start=1):
             items.append(
                 _Item(
-                    label=f"input {source.index} ({source.id}), URL {number} of {len(source.urls)}",
+                    label=f"input {source.index} ({source.id}), {kind} {number} of {len(source.files)}",
                     input_id=source.id,
                     position=positions[name],
-                    url=url,
+                    file=file,
                     target=into / name / str(positions[name]),
                 )
             )
             positions[name] += 1
-    outcome = _fetch_all(items, limits, storage_options or {}, _Ledger(limits.total_bytes, on_progress), stop)
+    outcome = _fetch_all(items, limits, access, _Ledger(limits.total_bytes, on_progress), stop)
     if isinstance(outcome, _Failed):
         raise InputUnreachable(str(outcome))
     return outcome
 
 
 def fetch_algorithm(
-    url: str | None,
+    file: FileObject | None,
     rawcode: str | None,
     into: Path,
     limits: FetchLimits,
     *,
-    storage_options: Mapping[str, Mapping[str, Any]] | None = None,
+    access: Access = _NOTHING_CONFIGURED,
     stop: Event | None = None,
 ) -> FetchedFile:
     """
-    Write the algorithm to the file *into*, executable. *url* wins over *rawcode*; one of them is given.
+    Write the algorithm to the file *into*, executable. *file* wins over *rawcode*; one of them is given.
 
     Raises:
-        AlgorithmUnreachable: The URL failed for good, or the algorithm has more than ``algorithm_bytes``.
+        AlgorithmUnreachable: The file failed for good, or the algorithm has more than ``algorithm_bytes``.
         OSError: This machine's disk.
     """
     ledger = _Ledger(limits.algorithm_bytes)
-    if url is not None:
-        item = _Item("the algorithm's URL", input_id="algorithm", position=0, url=url, target=into)
-        outcome = _fetch_all([item], limits, storage_options or {}, ledger, stop)
+    if file is not None:
+        label = "the algorithm's URL" if _is_plain(file) else "the algorithm's file"
+        item = _Item(label, input_id="algorithm", position=0, file=file, target=into)
+        outcome = _fetch_all([item], limits, access, ledger, stop)
         if isinstance(outcome, _Failed):
             raise AlgorithmUnreachable(str(outcome))
         (fetched,) = outcome
@@ -176,7 +155,7 @@ def fetch_algorithm(
         into.write_bytes(code)
         fetched = FetchedFile("algorithm", 0, len(code), hashlib.sha256(code).hexdigest(), None, 0.0)
     else:
-        raise ValueError("neither url nor rawcode")
+        raise ValueError("neither file nor rawcode")
     into.chmod(0o555)
     return fetched
 
@@ -219,7 +198,7 @@ def write_parameters(custom_data: Any, ddos: Mapping[str, Any], workspace: Works
 
 
 def configuration_log(inputs: Iterable[FetchedFile], algorithm: FetchedFile | None) -> str:
-    """What was provisioned, a line per file: id, position, bytes, checksum, seconds. No URL, no name of a host."""
+    """What was provisioned, a line per file: id, position, bytes, checksum, seconds. Nothing of where it came from."""
     lines = [f"input {file.input_id} {file.position}: {_line(file)}" for file in inputs]
     if algorithm is not None:
         lines.append(f"algorithm: {_line(algorithm)}")
@@ -231,9 +210,13 @@ def _line(file: FetchedFile) -> str:
     return f"{file.size} bytes, sha256 {file.sha256}{kind}, {file.seconds:.2f} s"
 
 
+def _is_plain(file: FileObject) -> bool:
+    return isinstance(file, UrlFile)
+
+
 def _folder_name(did: str) -> str:
     """The id as a file name. A plan is checked for bad ids; that one comes here is a bug, not a refusal."""
-    name = did.removeprefix(DID_PREFIX)
+    name = folder_name(did)
     if name in {"", ".", ".."} or re.search(r"[/\\\x00-\x1f\x7f]", name):
         raise ValueError("the id of an input is not a file name")
     return name
@@ -269,27 +252,17 @@ def _sha256(source: BufferedReader) -> str:
 
 @dataclass(frozen=True)
 class _Item:
-    """One URL to fetch. *label* is how a message may name it."""
+    """One file to fetch. *label* is how a message may name it."""
 
     label: str
     input_id: str
     position: int
-    url: str = field(repr=False)
+    file: FileObject = field(repr=False)
     target: Path
 
     @property
     def part(self) -> Path:
         return self.target.with_name(f"{self.target.name}.part")
-
-
-class _Trouble(Exception):
-    """Why a try failed, in *words* that may be shown; *wait* is what the server asked for, in seconds."""
-
-    def __init__(self, words: str, *, transient: bool = False, wait: float | None = None) -> None:
-        super().__init__(words)
-        self.words = words
-        self.transient = transient
-        self.wait = wait
 
 
 class _Failed(Exception):
@@ -341,172 +314,14 @@ class _Ledger:
             total = self._expected if len(self._announced) == self.files else 0
             self._on_progress(self._bytes, total, self._files_done, self.files)
 
-    def _too_much(self) -> _Trouble:
-        return _Trouble(f"more than {self.ceiling} bytes" + (" in all" if self.files > 1 else ""))
-
-
-class _Stream(ABC):
-    """The body of one remote file. *size* and *content_type* are known, if at all, after the first read."""
-
-    size: int | None = None
-    content_type: str | None = None
-
-    @abstractmethod
-    async def read(self) -> bytes:
-        """Some bytes, at most about CHUNK; none at the end. A body shorter than announced raises."""
-
-    @abstractmethod
-    async def close(self) -> None: ...
-
-
-class _HttpStream(_Stream):
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    async def read(self) -> bytes:
-        chunk: bytes = await self._file.read(CHUNK)
-        response: aiohttp.ClientResponse | None = self._file.r
-        if response is not None:
-            # An encoded body is decoded on the way, and its announced length is not that of what arrives.
-            if not response.headers.get("Content-Encoding"):
-                self.size = response.content_length
-            found = _MEDIA_TYPE.match(response.headers.get("Content-Type", ""))
-            self.content_type = found.group() if found else None
-        return chunk
-
-    async def close(self) -> None:
-        await self._file.close()
-
-
-class _AsyncStream(_Stream):
-    """A file of any other asynchronous file system; aiohttp's timeouts are not there, so reads have one here."""
-
-    def __init__(self, file: Any, silence: float) -> None:
-        self._file = file
-        self._silence = silence
-
-    async def read(self) -> bytes:
-        async with asyncio.timeout(self._silence):
-            chunk: bytes = await self._file.read(CHUNK)
-        self.size = getattr(self._file, "size", None)
-        return chunk
-
-    async def close(self) -> None:
-        await self._file.close()
-
-
-class _ThreadStream(_Stream):
-    """A file of a file system that is not asynchronous: every call in a thread."""
-
-    def __init__(self, opened: Callable[[], BinaryIO], silence: float) -> None:
-        self._opened = opened
-        self._file: BinaryIO | None = None
-        self._silence = silence
-
-    async def read(self) -> bytes:
-        async with asyncio.timeout(self._silence):
-            if self._file is None:
-                self._file = await asyncio.to_thread(self._opened)
-            return await asyncio.to_thread(self._file.read, CHUNK)
-
-    async def close(self) -> None:
-        if self._file is not None:
-            await asyncio.to_thread(self._file.close)
-
-
-class _Remotes:
-    """The file systems of one fetching, each opened on first use; closed with *stack*."""
-
-    def __init__(self, limits: FetchLimits, options: Mapping[str, Mapping[str, Any]], stack: AsyncExitStack) -> None:
-        self._limits = limits
-        self._options = options
-        self._stack = stack
-        self._lock = asyncio.Lock()
-        self._opened: dict[str, Any] = {}
-        self._slots = asyncio.Semaphore(limits.connections)
-
-    def slot(self, url: str) -> AbstractAsyncContextManager[None]:
-        """Held during a try. Free for http, whose connector counts its connections, by host too."""
-        return nullcontext() if _scheme(url) in HTTP else self._slots
-
-    async def open(self, url: str) -> _Stream:
-        scheme = _scheme(url)
-        async with self._lock:
-            if scheme not in self._opened:
-                self._opened[scheme] = await self._filesystem(scheme)
-        remote = self._opened[scheme]
-        if scheme in HTTP:
-            # A size, because without one fsspec first asks for it with a HEAD, which many servers refuse.
-            return _HttpStream(await remote.open_async(url, size=0, max_redirects=REDIRECTS))
-        path = remote._strip_protocol(url)
-        if isinstance(remote, AsyncFileSystem) and remote.asynchronous:
-            return _AsyncStream(await remote.open_async(path), self._limits.seconds_silent)
-        return _ThreadStream(partial(remote.open, path, "rb"), self._limits.seconds_silent)
-
-    async def _filesystem(self, scheme: str) -> Any:
-        if scheme in HTTP:
-            remote = HTTPFileSystem(
-                asynchronous=True,
-                loop=asyncio.get_running_loop(),
-                skip_instance_cache=True,
-                # The URL is normalised; spelling it anew would break one signed over its spelling.
-                encoded=True,
-                get_client=self._client,
-            )
-            session = await remote.set_session()
-            self._stack.push_async_callback(session.close)
-            return remote
-        options = dict(self._options.get(scheme, {}))
-        kind = fsspec.get_filesystem_class(scheme)
-        if not (issubclass(kind, AsyncFileSystem) and kind.open_async is not AsyncFileSystem.open_async):
-            return kind(**options)
-        remote = kind(**options, asynchronous=True, loop=asyncio.get_running_loop(), skip_instance_cache=True)
-        if hasattr(remote, "set_session"):
-            session = await remote.set_session()
-            self._stack.push_async_callback(session.close)
-        return remote
-
-    async def _client(self, **more: Any) -> aiohttp.ClientSession:
-        return guarded_session(
-            self._limits,
-            headers={"Accept-Encoding": "identity"},
-            # Not left to fsspec: it raises FileNotFoundError for 404 and drops Retry-After for all others.
-            raise_for_status=_check_status,
-            **more,
-        )
-
-
-def _scheme(url: str) -> str:
-    return url.partition(":")[0].lower()
-
-
-async def _check_status(response: aiohttp.ClientResponse) -> None:
-    status = response.status
-    if 200 <= status < 300:
-        return
-    raise _Trouble(
-        f"answered {status}",
-        transient=status >= 500 or status in _TRANSIENT_STATUS,
-        wait=_seconds(response.headers.get("Retry-After")),
-    )
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """RFC 9110: a number of seconds or a date. Nonsense counts as nothing."""
-    if not retry_after:
-        return None
-    if retry_after.isascii() and retry_after.isdigit():
-        return float(retry_after[:9])
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
+    def _too_much(self) -> Unreachable:
+        return Unreachable(f"more than {self.ceiling} bytes" + (" in all" if self.files > 1 else ""))
 
 
 def _fetch_all(
     items: Sequence[_Item],
     limits: FetchLimits,
-    options: Mapping[str, Mapping[str, Any]],
+    access: Access,
     ledger: _Ledger,
     stop: Event | None,
 ) -> tuple[FetchedFile, ...] | _Failed:
@@ -516,7 +331,7 @@ def _fetch_all(
     # Not the loop's own pool: name look-ups run there, and some that hang would stop every write.
     with ThreadPoolExecutor(2, thread_name_prefix="fetch-disk") as disk:
         try:
-            return asyncio.run(_gather(items, limits, options, ledger, disk=disk, stop=stop or Event()))
+            return asyncio.run(_gather(items, limits, access, ledger, disk=disk, stop=stop or Event()))
         finally:
             for item in items:
                 item.part.unlink(missing_ok=True)
@@ -525,15 +340,15 @@ def _fetch_all(
 async def _gather(
     items: Sequence[_Item],
     limits: FetchLimits,
-    options: Mapping[str, Mapping[str, Any]],
+    access: Access,
     ledger: _Ledger,
     *,
     disk: ThreadPoolExecutor,
     stop: Event,
 ) -> tuple[FetchedFile, ...] | _Failed:
     first: BaseException
-    async with AsyncExitStack() as stack:
-        fetching = _Fetching(_Remotes(limits, options, stack), limits, ledger, disk)
+    async with remotes(limits, access) as opener:
+        fetching = _Fetching(opener, limits, ledger, disk)
         try:
             async with asyncio.timeout(limits.seconds_total), asyncio.TaskGroup() as group:
                 tasks = [group.create_task(fetching.fetch(item)) for item in items]
@@ -568,39 +383,31 @@ def _unfinished(items: Sequence[_Item]) -> str:
 class _Fetching:
     """What the items of one fetching share."""
 
-    remotes: _Remotes
+    remotes: Remotes
     limits: FetchLimits
     ledger: _Ledger
     disk: ThreadPoolExecutor
 
     async def fetch(self, item: _Item) -> FetchedFile:
-        """One URL, with its tries. Every failure that is not this machine's comes out as _Failed."""
+        """One file, with its tries. Every failure that is not this machine's comes out as _Failed."""
         started = time.monotonic()
-        tries = 0
+        tried = 0
         try:
-            url = check_url(item.url, self.limits)
-            async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(self.limits.attempts),
-                wait=_wait,
-                retry=retry_if_exception(lambda error: isinstance(error, _Trouble) and error.transient),
-                reraise=True,
-            ):
+            async for attempt in tries(self.limits):
                 with attempt:
-                    tries += 1
-                    async with self.remotes.slot(url):
-                        size, sha256, content_type = await self._try(item, url)
+                    tried += 1
+                    async with self.remotes.slot(item.file):
+                        size, sha256, content_type = await self._try(item)
             await asyncio.get_running_loop().run_in_executor(self.disk, item.part.replace, item.target)
-        except ForbiddenUrl as refused:
-            words = f"its URL is refused: {refused.reason}"
-        except _Trouble as trouble:
-            words = trouble.words + (f" ({tries} tries)" if tries > 1 else "")
+        except Unreachable as trouble:
+            words = trouble.words + (f" ({tried} tries)" if tried > 1 else "")
         else:
             self.ledger.done(item.target, size)
             seconds = time.monotonic() - started
             return FetchedFile(item.input_id, item.position, size, sha256, content_type, seconds)
         raise _Failed(f"{item.label}: {words}")
 
-    async def _try(self, item: _Item, url: str) -> tuple[int, str, str | None]:
+    async def _try(self, item: _Item) -> tuple[int, str, str | None]:
         """One try: size, SHA-256 and media type of what now lies in ``item.part``."""
         on_disk = partial(asyncio.get_running_loop().run_in_executor, self.disk)
         # Opened and closed in the loop: of an await, a cancellation would make a file that nobody closes.
@@ -608,34 +415,24 @@ class _Fetching:
         stream = None
         complete = False
         try:
-            stream = await _in_words(self.remotes.open(url), self.limits)
-            while block := await _in_words(_block(stream), self.limits):
+            stream = await self.remotes.open(item.file)
+            while block := await _block(stream):
                 if not sink.size and stream.size is not None:
                     self.ledger.announce(item.target, stream.size)
                 self.ledger.add(len(block))
                 await on_disk(sink.write, block)
             if stream.size not in {None, sink.size}:
-                raise _Trouble("broke off before its end", transient=True)
+                raise Unreachable("broke off before its end", transient=True)
             complete = True
         finally:
             if not complete:
                 self.ledger.take_back(sink.size)
             try:
                 if stream is not None:
-                    await _in_words(stream.close(), self.limits)
+                    await stream.close()
             finally:
                 sink.close()
         return sink.size, sink.digest.hexdigest(), stream.content_type
-
-
-_backoff = wait_exponential_jitter(multiplier=0.25, max=LONGEST_WAIT, jitter=0.25)
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, _Trouble) and error.wait is not None:
-        return min(error.wait, LONGEST_WAIT)
-    return _backoff(state)
 
 
 class _Sink:
@@ -655,67 +452,9 @@ class _Sink:
         self._file.close()
 
 
-async def _block(stream: _Stream) -> bytes:
+async def _block(stream: Stream) -> bytes:
     """About CHUNK bytes, less only at the end: network reads are small, and each block costs a thread switch."""
     block = bytearray()
     while len(block) < CHUNK and (chunk := await stream.read()):
         block += chunk
     return bytes(block)
-
-
-_CLOSED: Final = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, aiohttp.ServerDisconnectedError)
-
-# The first that fits: some are subclasses of later ones. (what was raised, in words, transient)
-_WORDS: Final[tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, bool], ...]] = (
-    (ForbiddenAddress, "address is not public", False),
-    (aiohttp.ClientConnectorDNSError, "its host name does not resolve", False),
-    (aiohttp.ClientSSLError, "its certificate is not accepted", False),
-    (aiohttp.ConnectionTimeoutError, "did not accept a connection within {connect:g} s", True),
-    (TimeoutError, "did not answer within {silent:g} s", True),
-    (aiohttp.TooManyRedirects, "redirects too often", False),
-    (aiohttp.NonHttpUrlRedirectClientError, "redirects to a URL that is not http", False),
-    (aiohttp.InvalidURL, "its URL is not valid", False),
-    (aiohttp.ClientPayloadError, "broke off before its end", True),
-    (ConnectionRefusedError, "refuses connections", True),
-    (_CLOSED, "closed the connection", True),
-    (aiohttp.ClientConnectorError, "cannot be reached", True),
-    (aiohttp.ClientResponseError, "did not answer in proper HTTP", False),
-    (FileNotFoundError, "does not exist", False),
-    (PermissionError, "access is denied", False),
-    (aiohttp.ClientOSError, "closed the connection", True),
-)
-
-
-async def _in_words(remote: Awaitable[T], limits: FetchLimits) -> T:
-    """
-    Await something remote; whatever goes wrong comes out as _Trouble.
-
-    Every Exception, even a bug of a library: its text or its context would carry the URL into a traceback.
-    """
-    try:
-        return await remote
-    except _Trouble:
-        raise
-    except ForbiddenUrl as refused:
-        trouble = _Trouble(f"its URL is refused: {refused.reason}")
-    except Exception as error:
-        trouble = _described(error, limits)
-    raise trouble
-
-
-def _described(error: Exception, limits: FetchLimits) -> _Trouble:
-    cause: Exception = error
-    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(
-        error.os_error, ForbiddenAddress | ConnectionError
-    ):
-        cause = error.os_error
-    for kinds, words, transient in _WORDS:
-        if isinstance(cause, kinds):
-            text = words.format(connect=limits.seconds_to_connect, silent=limits.seconds_silent)
-            return _Trouble(text, transient=transient or _resolver_is_busy(cause))
-    return _Trouble(f"could not be read ({type(cause).__name__})")
-
-
-def _resolver_is_busy(error: Exception) -> bool:
-    """No answer about the name, as opposed to the answer that there is none."""
-    return isinstance(error, aiohttp.ClientConnectorDNSError) and error.os_error.errno == socket.EAI_AGAIN

@@ -18,6 +18,11 @@ def data(id: str = "did:op:01", *urls: str, **more: Any) -> dict[str, Any]:
     return {"id": id, "url": list(urls) or ["https://example.com/data.csv"], **more}
 
 
+def files(id: str = "did:op:01", *objects: Any, **more: Any) -> dict[str, Any]:
+    """An input by file objects."""
+    return {"id": id, "files": list(objects), **more}
+
+
 def outputs_of(stage: int, **more: Any) -> dict[str, Any]:
     """An input that is what another stage has put out."""
     return {"stage": stage, **more}

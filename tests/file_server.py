@@ -6,13 +6,14 @@ import asyncio
 import itertools
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from blocks.limits import FetchLimits
 
@@ -33,6 +34,8 @@ class _File:
     redirect_to: str | None = None
     fail_times: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ("GET", "HEAD")
+    wants: Mapping[str, str] = field(default_factory=dict)
 
     async def chunks(self, start: int, end: int) -> AsyncIterator[bytes]:
         if isinstance(self.body, Path):
@@ -55,6 +58,19 @@ def _length(body: bytes | Path) -> int:
     return body.stat().st_size if isinstance(body, Path) else len(body)
 
 
+@dataclass(frozen=True)
+class Received:
+    """A request as it came. *target* is path and query."""
+
+    method: str
+    target: str
+    headers: CIMultiDict[str]
+    body: bytes
+
+
+Answer = Callable[[Received], web.Response]
+
+
 class FileServer:
     """
     Serves what was added, in a thread of its own, until the ``with`` block ends.
@@ -63,15 +79,19 @@ class FileServer:
     ...     url = server.add(b"1,2,3", name="numbers.csv")
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._files: dict[str, _File] = {}
+        self._answers: dict[str, Answer] = {}
         self._names = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._port = 0
         self._waiting = 0
         self.requests: Counter[str] = Counter()
-        """Requests answered or hung, by URL, HEAD and GET together."""
+        """Requests answered or hung, by URL, whatever their method."""
+        self.received: list[Received] = []
+        """Every request, in the order they came."""
         self.most_at_once = 0
         """The largest number of requests that were open at the same time."""
 
@@ -90,7 +110,7 @@ class FileServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self._host}:{self._port}"
 
     @property
     def port(self) -> int:
@@ -109,6 +129,8 @@ class FileServer:
         fail_times: int = 0,
         size: int | None = None,
         headers: Mapping[str, str] | None = None,
+        methods: tuple[str, ...] = ("GET", "HEAD"),
+        wants: Mapping[str, str] | None = None,
     ) -> str:
         """
         Serve one more file and return its URL.
@@ -117,8 +139,11 @@ class FileServer:
         *delay*: seconds before the answer. *hang*: no answer at all.
         *drop_after*: the connection is cut after so many bytes of a body announced in full.
         *fail_times*: so many requests are answered 503 first. *headers*: of every answer, also of those 503.
+        *redirect_to* with a *status* redirects with that one. *methods*: others are answered 405. *wants*: requests
+        without these headers are answered 401.
         """
         path = f"/{name or next(self._names)}"
+        self._answers.pop(path, None)
         self._files[path] = _File(
             body if size is None else None,
             _length(body) if size is None else size,
@@ -129,8 +154,15 @@ class FileServer:
             redirect_to=redirect_to,
             fail_times=fail_times,
             headers=headers or {},
+            methods=methods,
+            wants=wants or {},
         )
         return self.url + path
+
+    def on(self, name: str, answer: Answer) -> str:
+        """Answer every request for one more path by a function, called in a thread, and return its URL."""
+        self._answers[f"/{name}"] = answer
+        return f"{self.url}/{name}"
 
     async def _start(self) -> None:
         # Cancelled handlers end their waits, so a hung request does not keep the server from closing.
@@ -138,15 +170,19 @@ class FileServer:
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0, backlog=512)
+        site = web.TCPSite(self._runner, self._host, 0, backlog=512)
         await site.start()
         self._port = self._runner.addresses[0][1]
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests[self.url + request.path] += 1
+        received = Received(request.method, request.path_qs, CIMultiDict(request.headers), await request.read())
+        self.received.append(received)
         self._waiting += 1
         self.most_at_once = max(self.most_at_once, self._waiting)
         try:
+            if answer := self._answers.get(request.path):
+                return await asyncio.to_thread(answer, received)
             return await self._serve(request)
         finally:
             self._waiting -= 1
@@ -155,6 +191,10 @@ class FileServer:
         file = self._files.get(request.path)
         if file is None:
             return web.Response(status=404, text="no such file")
+        if request.method not in file.methods:
+            return web.Response(status=405)
+        if any(request.headers.get(name) != value for name, value in file.wants.items()):
+            return web.Response(status=401)
         if file.hang:
             await asyncio.sleep(3600)
         await asyncio.sleep(file.delay)
@@ -162,7 +202,8 @@ class FileServer:
             file.fail_times -= 1
             return web.Response(status=503, text="try again", headers=file.headers)
         if file.redirect_to is not None:
-            return web.Response(status=302, headers={"Location": file.redirect_to, **file.headers})
+            status = 302 if file.status == 200 else file.status
+            return web.Response(status=status, headers={"Location": file.redirect_to, **file.headers})
         if file.status != 200:
             return web.Response(status=file.status, text="no", headers=file.headers)
         return await self._send(request, file)

@@ -66,7 +66,7 @@ def test_every_problem_is_printed(c2d: Any, tmp_path: Path) -> None:
         tmp_path,
         workflow(
             stages=[
-                stage(environment="moon", input=[data("../a", "file:///etc/passwd")]),
+                stage(environment="moon", input=[data("../a", "https:///etc/passwd")]),
                 stage(rawcode=None, entrypoint="", input=[outputs_of(7)]),
             ]
         ),

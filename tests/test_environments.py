@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from blocks.environment import ComputeEnvironment, load_environments_sync
 from blocks.limits import GIB, Offer
+from blocks.remote import Access
 from cli.service import ROOT
 from flows.environments import read_definitions, register_from
 from tests.conftest import DEFINITIONS, PrefectServer
@@ -80,6 +81,17 @@ def test_results_and_documents_are_apart(tmp_path: Path) -> None:
     assert MARKER not in f"{there!r} {there} {there.store()!r}"
 
 
+def test_how_files_are_reached(tmp_path: Path) -> None:
+    """Gateways and nodes are what the operator wrote; keys in the URLs of nodes are not shown."""
+    node = f"https://node.example/{MARKER}"
+    (here, there) = read_definitions(
+        written(tmp_path, one("here"), one("there", ipfs_gateway="http://127.0.0.1:8080", chains={"1": node}))
+    )
+    assert Access() == here.access()
+    assert Access(ipfs_gateway="http://127.0.0.1:8080", chains={1: node}) == there.access()
+    assert MARKER not in f"{there!r} {there} {there.access()!r}"
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -91,6 +103,10 @@ def test_results_and_documents_are_apart(tmp_path: Path) -> None:
         {"offer": {"id": "a", "fetch": {"networks": "10.0.0.1/8"}}, "work_pool": "p"},
         {"offer": {"id": "a", "fetch": {"networks": "everything"}}, "work_pool": "p"},
         {"offer": {"id": "a"}, "work_pool": "p", "runner": "trust"},
+        {"offer": {"id": "a"}, "work_pool": "p", "ipfs_gateway": "127.0.0.1:8080"},
+        {"offer": {"id": "a"}, "work_pool": "p", "arweave_gateway": "ftp://a.example"},
+        {"offer": {"id": "a"}, "work_pool": "p", "chains": {"main": "https://a.example"}},
+        {"offer": {"id": "a"}, "work_pool": "p", "chains": {"1": "a.example"}},
     ],
 )
 def test_mistakes_of_an_operator(tmp_path: Path, broken: dict[str, object]) -> None:
@@ -179,7 +195,7 @@ def test_credentials_of_a_store_are_kept_secret(
     register_from(written(tmp_path, one(first, **secret), one(second)))
     block = load_environments_sync(client)[first]
     assert {"key": MARKER} == dict(block.store().storage_options)
-    assert {"s3": {"key": MARKER}} == dict(block.storage_options())
+    assert {"s3": {"key": MARKER}} == dict(block.access().storage_options)
     shown = httpx.post(f"{prefect_server.api}/block_documents/filter", json={}).raise_for_status().text
     stored = b"".join(path.read_bytes() for path in prefect_server.database.parent.glob("prefect.db*"))
     assert first in shown and first.encode() in stored

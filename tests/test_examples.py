@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blocks.files import FileObject, UrlFile
 from blocks.limits import Offer
 from flows.plan import PlannedStage, compile_plan
 from flows.workflow import parse_workflow
@@ -28,6 +29,10 @@ def planned(document: str) -> tuple[PlannedStage, ...]:
     return compile_plan(parse_workflow(json.loads((EXAMPLES / document).read_text("utf-8"))), OFFERS).stages
 
 
+def urls(files: Iterable[FileObject | None]) -> list[str]:
+    return [file.url for file in files if isinstance(file, UrlFile)]
+
+
 def run(stage: PlannedStage, data: Path, outputs: Mapping[int, Path] | None = None) -> str:
     """Lay out *data* as the algorithm of *stage* would find /data, run it there and return what it printed."""
     for part in stage.inputs:
@@ -37,7 +42,7 @@ def run(stage: PlannedStage, data: Path, outputs: Mapping[int, Path] | None = No
             folder.symlink_to((outputs or {})[part.stage])
             continue
         folder.mkdir(parents=True)
-        for n, url in enumerate(part.urls):
+        for n, url in enumerate(urls(part.files)):
             (folder / str(n)).symlink_to(EXAMPLES / url.removeprefix(BASE))
     (data / "outputs").mkdir()
     (data / "inputs" / "algoCustomData.json").write_text(json.dumps(stage.custom_data), "utf-8")
@@ -45,7 +50,8 @@ def run(stage: PlannedStage, data: Path, outputs: Mapping[int, Path] | None = No
         algorithm = data / "algorithm"
         algorithm.write_text(stage.rawcode, "utf-8")
     else:
-        algorithm = EXAMPLES / (stage.algorithm_url or "").removeprefix(BASE)
+        (url,) = urls([stage.algorithm_file])
+        algorithm = EXAMPLES / url.removeprefix(BASE)
     done = subprocess.run(
         # Without site-packages, as in a sandbox that has an interpreter and nothing more.
         [sys.executable, "-I", "-S", algorithm],
@@ -87,7 +93,7 @@ def report(fit: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_the_document_becomes_the_plan_the_demo_shows() -> None:
     """Two data sets, one of two files; the second stage reads the first and waits for it."""
     first, second = planned("workflow.json")
-    assert [len(part.urls) for part in first.inputs] == [2, 1]
+    assert [len(part.files) for part in first.inputs] == [2, 1]
     assert second.dids == ("fit",)
     assert second.depends_on == (0,)
 
@@ -96,8 +102,8 @@ def test_the_document_becomes_the_plan_the_demo_shows() -> None:
 def test_every_url_is_a_file_of_the_folder(document: str) -> None:
     """What is served at the base is enough; nothing has to be fetched from elsewhere."""
     for stage in planned(document):
-        urls = [url for part in stage.inputs for url in part.urls]
-        for url in [*urls, *([stage.algorithm_url] if stage.algorithm_url else [])]:
+        named = [file for part in stage.inputs for file in part.files]
+        for url in urls([*named, *([stage.algorithm_file] if stage.algorithm_file else [])]):
             assert url.startswith(BASE)
             assert (EXAMPLES / url.removeprefix(BASE)).is_file()
 

@@ -19,8 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocks.guard import ForbiddenUrl, check_url, is_allowed
+from blocks.files import IpfsFile, UrlFile
+from blocks.guard import is_allowed
 from blocks.limits import MIB, FetchLimits
+from blocks.remote import Access
+from blocks.urls import ForbiddenUrl, check_url
 from tasks.provision import (
     AlgorithmUnreachable,
     FetchedFile,
@@ -46,7 +49,7 @@ def file_server() -> Iterator[FileServer]:
 
 
 def one(*urls: str, did: str = "did:op:a1", index: int = 0) -> InputSource:
-    return InputSource(did, index, urls)
+    return InputSource(did, index, tuple(UrlFile(url=url) for url in urls))
 
 
 def limited(**changes: object) -> FetchLimits:
@@ -171,10 +174,11 @@ def test_progress_is_told_and_ends_complete(file_server: FileServer, tmp_path: P
 MEASURE = """
 import sys, psutil, threading, time
 from pathlib import Path
+from blocks.files import UrlFile
 from tasks.provision import InputSource, fetch_inputs
 from tests.file_server import LOOPBACK
 url, small, into = sys.argv[1:]
-fetch_inputs([InputSource("warm", 0, (small,))], Path(into), LOOPBACK)
+fetch_inputs([InputSource("warm", 0, (UrlFile(url=small),))], Path(into), LOOPBACK)
 me, peak = psutil.Process(), 0
 before = me.memory_info().rss
 def watch():
@@ -183,7 +187,7 @@ def watch():
         peak = max(peak, me.memory_info().rss)
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
-(file,) = fetch_inputs([InputSource("big", 0, (url,))], Path(into), LOOPBACK)
+(file,) = fetch_inputs([InputSource("big", 0, (UrlFile(url=url),))], Path(into), LOOPBACK)
 print(file.size, peak - before)
 """
 
@@ -335,6 +339,16 @@ def test_a_source_does_not_print_its_urls() -> None:
     assert SECRET not in repr(one(f"http://x/{SECRET}"))
 
 
+def test_a_file_that_is_no_url_is_called_a_file(file_server: FileServer, tmp_path: Path) -> None:
+    """Kinds that need something of the operator's are refused where it is not configured, and said by position."""
+    files = UrlFile(url=file_server.add(b"x")), IpfsFile(type="ipfs", hash="Qm" + SECRET.replace("-", "") * 3)
+    with pytest.raises(InputUnreachable) as caught:
+        fetch_inputs([InputSource("did:op:a1", 0, files)], tmp_path, LOOPBACK)
+    assert str(caught.value) == "input 0 (did:op:a1), file 2 of 2: refused: no gateway to IPFS is configured here"
+    with pytest.raises(AlgorithmUnreachable, match=r"^the algorithm's file: refused: no gateway"):
+        fetch_algorithm(files[1], None, tmp_path / "algorithm", LOOPBACK)
+
+
 # The guard
 
 
@@ -419,7 +433,7 @@ def test_an_operators_networks_are_allowed_and_no_others() -> None:
 )
 def test_urls_that_are_refused(url: str, reason: str) -> None:
     with pytest.raises(ForbiddenUrl, match=reason):
-        check_url(url, FetchLimits())
+        check_url(url, FetchLimits().schemes)
 
 
 @pytest.mark.parametrize(
@@ -432,21 +446,21 @@ def test_urls_that_are_refused(url: str, reason: str) -> None:
     ],
 )
 def test_urls_are_normalised(url: str, normal: str) -> None:
-    assert normal == check_url(url, FetchLimits())
+    assert normal == check_url(url, FetchLimits().schemes)
 
 
 @given(st.text(max_size=60))
 def test_a_refusal_never_quotes(tail: str) -> None:
     """Whatever follows the marker, the reason does not show it; what is allowed is printable ASCII."""
     try:
-        allowed = check_url(f"http://{SECRET}{tail}", FetchLimits())
+        allowed = check_url(f"http://{SECRET}{tail}", FetchLimits().schemes)
     except ForbiddenUrl as refused:
         assert SECRET not in refused.reason
     else:
         assert allowed.isascii()
         assert allowed.isprintable()
         assert " " not in allowed
-        assert allowed == check_url(allowed, FetchLimits())
+        assert allowed == check_url(allowed, FetchLimits().schemes)
 
 
 # Other file systems
@@ -470,12 +484,13 @@ def test_s3_with_the_operators_credentials(tmp_path: Path) -> None:
     limits = FetchLimits(schemes=("s3",))
     source = [one("s3://data/x")]
     with s3_server(tmp_path / "s3") as options:
-        (file,) = fetch_inputs(source, tmp_path, limits, storage_options={"s3": options})
+        wrong = {**options, "secret": "wrong"}
+        (file,) = fetch_inputs(source, tmp_path, limits, access=Access(storage_options={"s3": options}))
         assert 3 * MIB == file.size == (tmp_path / "a1" / "0").stat().st_size
         with pytest.raises(InputUnreachable, match=r"does not exist$"):
-            fetch_inputs([one("s3://data/none")], tmp_path, limits, storage_options={"s3": options})
+            fetch_inputs([one("s3://data/none")], tmp_path, limits, access=Access(storage_options={"s3": options}))
         with pytest.raises(InputUnreachable, match=r"access is denied$"):
-            fetch_inputs(source, tmp_path, limits, storage_options={"s3": {**options, "secret": "wrong"}})
+            fetch_inputs(source, tmp_path, limits, access=Access(storage_options={"s3": wrong}))
 
 
 # The algorithm
@@ -483,7 +498,7 @@ def test_s3_with_the_operators_credentials(tmp_path: Path) -> None:
 
 def test_an_algorithm_from_a_url_wins_over_raw_code(file_server: FileServer, tmp_path: Path) -> None:
     into = tmp_path / "algorithm"
-    fetched = fetch_algorithm(file_server.add(b"from url"), "raw", into, LOOPBACK)
+    fetched = fetch_algorithm(UrlFile(url=file_server.add(b"from url")), "raw", into, LOOPBACK)
     assert into.read_bytes() == b"from url"
     assert into.stat().st_mode & 0o777 == 0o555
     assert fetched.size == 8
@@ -505,9 +520,9 @@ def test_an_algorithm_too_large_or_missing(file_server: FileServer, tmp_path: Pa
     with pytest.raises(AlgorithmUnreachable, match="more than 3 bytes"):
         fetch_algorithm(None, "long", into, tight)
     with pytest.raises(AlgorithmUnreachable, match="URL: more than 3 bytes"):
-        fetch_algorithm(file_server.add(b"long"), None, into, tight)
+        fetch_algorithm(UrlFile(url=file_server.add(b"long")), None, into, tight)
     with pytest.raises(AlgorithmUnreachable, match="URL: answered 404") as caught:
-        fetch_algorithm(f"{file_server.url}/{SECRET}", None, into, LOOPBACK)
+        fetch_algorithm(UrlFile(url=f"{file_server.url}/{SECRET}"), None, into, LOOPBACK)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
     assert names(tmp_path) == []
 

@@ -9,19 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blocks.files import ArweaveFile, UrlFile
 from blocks.limits import GIB, FetchLimits, Limits, Offer
 from flows.errors import InvalidWorkflow
 from flows.jobs import document_digest, summary_of
 from flows.plan import MAX_RAWCODE, MAX_STAGES, MAX_URLS, RESERVED_VARIABLES, Plan, compile_plan
 from flows.status import Phase
 from flows.workflow import parse_workflow
-from tests.documents import data, offer, outputs_of, parsed, planned, stage, workflow
+from tests.documents import data, files, offer, outputs_of, parsed, planned, stage, workflow
 
 MARKER: Final = "hush-81e0c9d4"
 OFFERS: Final = {
     "default": offer(limits=Limits(seconds=100, memory_bytes=4 * GIB, disk_bytes=8 * GIB, cpus=2, gpus=1)),
     "buckets": offer("buckets", fetch=FetchLimits(schemes=("https", "s3"))),
 }
+
+
+GRAPHQL: Final = {"type": "graphql", "url": "https://a.example/graphql", "query": "{ a }"}
 
 
 def problems(*stages: dict[str, Any], offers: dict[str, Offer] | None = None) -> list[str]:
@@ -56,7 +60,7 @@ def depends(plan: Plan) -> dict[int, tuple[int, ...]]:
             stage(compute={"resources": {"gpu": 2}}),
             "compute.resources.gpu: asks for 2 GPU(s); the environment has 1",
         ),
-        (stage(input=[{"id": "a"}]), "input.0: give one of url, remote, stage; none is given"),
+        (stage(input=[{"id": "a"}]), "input.0: give one of url, files, remote, stage; none is given"),
         (
             stage(input=[{"id": "a", "remote": {"txId": "0x1"}}]),
             "input.0.remote: looking assets up in a metadata store is not offered yet; give url",
@@ -179,38 +183,41 @@ def test_names_that_are(name: str) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("https://a.example/a b", "has white space or control characters"),
-        ("https://a.example/\x00", "has white space or control characters"),
-        ("https://a.example/a\n", "has white space or control characters"),
-        ("zip://a.csv::https://a.example/a.zip", "chained URLs are not allowed; spell a literal :: as %3A%3A"),
-        ("zip::https://a.example/a.zip", "chained URLs are not allowed; spell a literal :: as %3A%3A"),
-        ("https://a.example/x::file:///etc/passwd", "chained URLs are not allowed; spell a literal :: as %3A%3A"),
-        ("https://[1/", "is not a URL"),
-        ("https://a.example:port/", "is not a URL"),
-        ("https://a.example:99999/", "is not a URL"),
-        ("file:///etc/passwd", "its scheme is not allowed in this environment; allowed: http, https"),
-        ("s3://bucket/key", "its scheme is not allowed in this environment; allowed: http, https"),
-        ("/etc/passwd", "its scheme is not allowed in this environment; allowed: http, https"),
-        ("https:///path", "names no host"),
-        ("https://user:password@a.example/", "carries credentials, which are not allowed in a URL"),
+        ("https://a.example/\x00", "it contains control characters"),
+        ("https://a.example/a\n", "it contains control characters"),
+        ("zip://a.csv::https://a.example/a.zip", "it is a chain; spell a literal :: as %3A%3A"),
+        ("zip::https://a.example/a.zip", "it is a chain; spell a literal :: as %3A%3A"),
+        ("https://a.example/x::file:///etc/passwd", "it is a chain; spell a literal :: as %3A%3A"),
+        ("https://[1/", "its host or port is not valid"),
+        ("https://a.example:port/", "its host or port is not valid"),
+        ("https://a.example:99999/", "its host or port is not valid"),
+        ("file:///etc/passwd", "its scheme is not one of http, https"),
+        ("s3://bucket/key", "its scheme is not one of http, https"),
+        ("/etc/passwd", "its scheme is not one of http, https"),
+        ("https:///path", "it has no host"),
+        ("https://user:password@a.example/", "it carries credentials"),
     ],
 )
 def test_urls_that_are_not_fetched(url: str, problem: str) -> None:
     """A URL the fetcher would refuse is refused here, for inputs and for algorithms alike, and never quoted."""
     assert [f"stages.0.input.0.url.1: {problem}"] == problems(stage(input=[data("a", "https://a.example", url)]))
+    assert [f"stages.0.input.0.files.0: {problem}"] == problems(stage(input=[files("a", {"url": url})]))
     assert [f"stages.0.algorithm.url: {problem}"] == problems(stage(url=url))
+    assert [f"stages.0.algorithm.file: {problem}"] == problems(stage(algorithm={"file": {"url": url}}))
 
 
-@pytest.mark.parametrize("url", ["https://a.example", "HTTP://a.example:8080/x?y=z#w", "https://[::1]:1/a%3A%3Ab"])
+@pytest.mark.parametrize(
+    "url", ["https://a.example", "HTTP://a.example:8080/x?y=z#w", "https://[::1]:1/a%3A%3Ab", "https://a.example/a b"]
+)
 def test_urls_that_are(url: str) -> None:
     """Case, ports, queries and addresses in brackets are no reason to refuse a URL."""
-    assert (url,) == planned(stage(input=[data("a", url)])).stages[0].inputs[0].urls
+    assert (UrlFile(url=url),) == planned(stage(input=[data("a", url)])).stages[0].inputs[0].files
 
 
 def test_an_environment_says_which_schemes() -> None:
     """Schemes are those of the environment the stage names."""
     plan = compile_plan(parsed(stage(environment="buckets", input=[data("a", "s3://bucket/key")])), OFFERS)
-    assert ("s3://bucket/key",) == plan.stages[0].inputs[0].urls
+    assert (UrlFile(url="s3://bucket/key"),) == plan.stages[0].inputs[0].files
     assert ["stages.0.input.0.url.0"] == paths(stage(environment="buckets", input=[data("a", "http://a.example")]))
 
 
@@ -257,7 +264,7 @@ def test_too_many_stages_and_inputs() -> None:
     """Size has a bound, told at once: what is checked after it takes more than linear time."""
     assert [f"stages: {MAX_STAGES + 1} stages; at most {MAX_STAGES}"] == problems(*[stage(environment="moon")] * 101)
     urls = ["https://a.example"] * MAX_URLS
-    assert [f"stages: {MAX_URLS + 1} inputs and URLs in all; at most {MAX_URLS}"] == problems(
+    assert [f"stages: {MAX_URLS + 1} inputs, URLs and files in all; at most {MAX_URLS}"] == problems(
         stage(), stage(input=[data("a", *urls), outputs_of(0)])
     )
 
@@ -271,10 +278,10 @@ def test_two_environments() -> None:
 
 def test_an_input_has_one_source() -> None:
     """An input with two sources is refused, not silently read as one of them."""
-    assert "stages.1.input.0: give one of url, remote, stage; url and stage is given" in problems(
+    assert "stages.1.input.0: give one of url, files, remote, stage; url and stage is given" in problems(
         stage(), stage(input=[data("a", stage=0)])
     )
-    assert "stages.0.input.0: give one of url, remote, stage; url and remote is given" in problems(
+    assert "stages.0.input.0: give one of url, files, remote, stage; url and remote is given" in problems(
         stage(input=[data("a", remote={"txId": "0x1"})])
     )
 
@@ -392,9 +399,9 @@ def test_inputs_in_the_order_of_their_index() -> None:
 def test_url_wins_over_raw_code() -> None:
     """As in the document's own example: with both given, the code is fetched."""
     (both,) = planned(stage(url="https://a.example/algo", rawcode="x")).stages
-    assert ("https://a.example/algo", None) == (both.algorithm_url, both.rawcode)
+    assert (UrlFile(url="https://a.example/algo"), None) == (both.algorithm_file, both.rawcode)
     (raw,) = planned(stage(url="", rawcode="x")).stages
-    assert (None, "x") == (raw.algorithm_url, raw.rawcode)
+    assert (None, "x") == (raw.algorithm_file, raw.rawcode)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(30, 30.0), (1000, 100.0), (None, 100.0), (0.5, 0.5)])
@@ -488,16 +495,122 @@ def test_no_secret_in_what_is_shown_of_a_plan() -> None:
     for one in (
         stage(url=f"https://{host}", algorithm=secrets, input=[data("a", f"https://{host}")]),
         stage(rawcode=MARKER, algorithm=secrets),
+        stage(
+            algorithm={**secrets, "file": {"url": f"https://{host}", "headers": {"X-Key": MARKER}}},
+            input=[files("a", {**GRAPHQL, "url": f"https://{host}", "query": MARKER, "variables": {"a": MARKER}})],
+        ),
     ):
         document = parsed(one)
         plan = compile_plan(document, OFFERS)
+        assert MARKER not in repr(document)
         assert MARKER not in f"{plan} {plan!r} {summary_of(plan)} {plan.stages[0]!r}"
     broken = stage(
         url=f"gopher://{host}",
         algorithm={**secrets, "envs": {f"{MARKER}-": MARKER, "HOME": MARKER}, "id": f"../{MARKER}"},
-        input=[data("a", f"zip::{MARKER}", f"https://{MARKER}@host", f"https://{MARKER}:x"), data(f"/{MARKER}")],
+        compute={"network": False},
+        input=[
+            files("b", {"url": f"zip::{MARKER}"}, {"url": f"https://{host}", "headers": {"Host": MARKER}}),
+            data("a", f"zip::{MARKER}", f"https://{MARKER}@host", f"https://{MARKER}:x"),
+            data(f"/{MARKER}"),
+        ],
     )
     assert not [line for line in problems(broken) if MARKER in line]
+
+
+# File objects.
+
+
+def test_file_objects_of_an_input_and_an_algorithm() -> None:
+    """Files of any kind, in their order; one without a type is a URL; an algorithm's file wins over URL and code."""
+    transaction = "a" * 43
+    (only,) = planned(
+        stage(
+            url="https://a.example/other",
+            input=[
+                files(
+                    "a",
+                    {"url": "https://a.example", "method": "POST"},
+                    {"type": "arweave", "transactionId": transaction},
+                )
+            ],
+            algorithm={"file": GRAPHQL, "id": "fit"},
+        )
+    ).stages
+    assert UrlFile(url="https://a.example", method="POST") == only.inputs[0].files[0]
+    assert ArweaveFile(type="arweave", transaction_id=transaction) == only.inputs[0].files[1]
+    assert ("graphql", None) == (only.algorithm_file and only.algorithm_file.type, only.rawcode)
+
+
+def test_files_of_a_plan_are_counted_by_kind() -> None:
+    """A plan says how many files of which kind, and that an algorithm has no network where it was taken away."""
+    plan = planned(
+        stage(
+            input=[files("a", GRAPHQL, {"url": "https://a.example"}, GRAPHQL)],
+            algorithm={"file": GRAPHQL},
+            compute={"network": False},
+        )
+    )
+    shown = str(plan)
+    assert "a: 2 graphql file(s), 1 URL(s)" in shown
+    assert "unnamed (by graphql file) for python" in shown
+    assert "  network    none" in shown
+    assert 3 == summary_of(plan)["urls"]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, True), (True, True), (False, False)])
+def test_a_network_can_only_be_taken_away(asked: bool | None, given: bool) -> None:
+    """What a document says of the network lowers what the environment gives, and never raises it."""
+    assert given == planned(stage(compute={"network": asked})).stages[0].network
+
+
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        ({"url": "https://a.example", "headers": {"Host": "b"}}, "it sets a header that is not its owner's to set"),
+        ({"url": "https://a.example", "headers": {"Sec-X": "b"}}, "it sets a header that is not its owner's to set"),
+        ({**GRAPHQL, "headers": {"content-length": "1"}}, "it sets a header that is not its owner's to set"),
+        ({**GRAPHQL, "url": "https://u:p@a.example"}, "it carries credentials"),
+    ],
+)
+def test_files_that_are_not_fetched(file: dict[str, Any], problem: str) -> None:
+    """What is sent along with a request is looked at too."""
+    assert [f"stages.0.input.0.files.0: {problem}"] == problems(stage(input=[files("a", file)]))
+
+
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        ({"url": "s3://a/b", "method": "POST"}, "it has a method or headers, which only http and https know"),
+        ({**GRAPHQL, "url": "s3://a/b"}, "its scheme is not http or https"),
+    ],
+)
+def test_files_of_buckets_are_just_that(file: dict[str, Any], problem: str) -> None:
+    """Methods, headers and queries are for http, in an environment that allows other schemes too."""
+    found = problems(stage(environment="buckets", input=[files("a", file)]))
+    assert [f"stages.0.input.0.files.0: {problem}"] == found
+
+
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        ({"type": MARKER}, "type: is no type of file"),
+        ({}, "url: Field required"),
+        ({"url": ""}, "url: "),
+        ({"url": "https://a.example", "method": MARKER}, "method: "),
+        ({"url": "https://a.example", "headers": {f"{MARKER} {MARKER}": "b"}}, "headers: "),
+        ({"url": "https://a.example", "headers": {"A": f"{MARKER}\n"}}, "headers: "),
+        ({"type": "ipfs", "hash": f"../{MARKER}"}, "hash: "),
+        ({**GRAPHQL, "variables": {"a": float("nan")}}, "has a number that JSON does not have"),
+        (MARKER, ""),
+    ],
+)
+def test_what_is_no_file(file: Any, problem: str) -> None:
+    """The shape of a file is refused with the place where it stands, quoting nothing of it."""
+    with pytest.raises(InvalidWorkflow) as refusal:
+        parsed(stage(input=[{"id": "a", "files": [file]}]))
+    (found,) = map(str, refusal.value.problems)
+    assert found.startswith(f"stages.0.input.0.files.0: {problem}")
+    assert MARKER not in found
 
 
 # Whatever a document says.
@@ -533,7 +646,7 @@ ANYTHING: Final = st.recursive(
 )
 KEYS: Final = (
     *("agreementId", "owner", "stages", "index", "input", "compute", "algorithm", "output", "dependsOn"),
-    *("id", "url", "remote", "stage", "txId", "userdata"),
+    *("id", "url", "files", "file", "type", "headers", "remote", "stage", "txId", "userdata"),
     *("Instances", "namespace", "maxtime", "resources", "cpu", "ram", "disk", "gpu"),
     *("rawcode", "container", "image", "tag", "checksum", "entrypoint", "algouserdata", "algocustomdata", "envs"),
     *("publishoutput", "whitelist", "metadata"),
@@ -545,8 +658,13 @@ def spoiled(draw: st.DrawFn) -> Any:
     """A good document of two stages, a few of whose values were put something else in place of."""
     document: dict[str, Any] = workflow(
         stages=[
-            stage(0, input=[data("a")], algorithm={"envs": {"A": "1"}, "algocustomdata": {}}),
-            stage(1, input=[outputs_of(0)], compute={"resources": {"ram": 1}}, output={"whitelist": ["0x1"]}),
+            stage(0, input=[data("a"), files("b", GRAPHQL)], algorithm={"envs": {"A": "1"}, "algocustomdata": {}}),
+            stage(
+                1,
+                input=[outputs_of(0)],
+                compute={"network": False, "resources": {"ram": 1}},
+                output={"whitelist": ["0x1"]},
+            ),
         ]
     )
     for _ in range(draw(st.integers(1, 3))):
