@@ -14,8 +14,8 @@ from fastapi.responses import Response, StreamingResponse
 from blocks.assets import AssetUnusable
 from blocks.catalogue import CatalogueUnavailable
 from blocks.files import BadFile, BadParameters, File, parse_file
-from blocks.guard import ForbiddenUrl
 from blocks.keys import FilesUnavailable, files_of
+from blocks.urls import ForbiddenUrl
 from flows.broker import Broker
 from flows.errors import InvalidParameter, NotReady, SourceFailed
 

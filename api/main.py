@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
 import uvicorn
-from blocks.remote import Access
 from fastapi import FastAPI
 from prefect import get_client
 from pydantic import ValidationError
@@ -20,6 +19,7 @@ from blocks.catalogue import Catalogue, Catalogues, LocalCatalogue, MetadataStor
 from blocks.chain import Chain
 from blocks.keys import KeyUnusable, load_provider_key
 from blocks.limits import FetchLimits
+from blocks.remote import Access
 from flows.broker import Broker
 from flows.prefect_jobs import PrefectJobs
 from flows.sealing import Seal

@@ -73,7 +73,8 @@ class Service:
         known = tuple(self.broker.chains)
 
         def on(chain: int | None) -> list[wire.Environment]:
-            token = self.broker.chains[chain].fee_token if chain in self.broker.chains else ""
+            serving = self.broker.chains.get(chain) if chain is not None else None
+            token = serving.config.fee_token if serving else ""
             return [wire.environment(state, address=self.address, fee_token=token) for state in states]
 
         if by_chain or self.settings.environments_by_chain:

@@ -60,8 +60,9 @@ from blocks.assets import (
     usable_asset,
 )
 from blocks.files import BadFile, parse_file
-from blocks.guard import ForbiddenAddress, ForbiddenUrl
+from blocks.guard import ForbiddenAddress
 from blocks.limits import MIB
+from blocks.urls import ForbiddenUrl
 
 LARGEST: Final = MIB
 """Bytes of one document: a file of the local catalogue, an answer of a metadata store."""
@@ -226,7 +227,7 @@ class MetadataStore(Catalogue):
         asking = AsyncRetrying(
             retry=retry_if_exception_type(_Transient),
             stop=stop_after_attempt(self._attempts) | stop_after_delay(2 * self._seconds),
-            wait=wait_exponential_jitter(initial=0.1, max=2),
+            wait=wait_exponential_jitter(multiplier=0.1, max=2),
             reraise=True,
         )
         document: Any = await asking(self._ask, did)

@@ -7,16 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 LONGEST_URL: Final = 8_192
 
@@ -130,15 +121,7 @@ class SmartContractFile(_File):
 
 
 File = UrlFile | IpfsFile | ArweaveFile | GraphqlFile | SmartContractFile
-FileObject = Annotated[
-    File,
-    # In words of its own: pydantic's quote the type that was given, which may be anything an owner has mistyped.
-    Discriminator(
-        "type",
-        custom_error_type="file_type",
-        custom_error_message="must be one of url, ipfs, arweave, graphql, smartcontract",
-    ),
-]
+FileObject = Annotated[File, Field(discriminator="type")]
 """The same as a field of a document."""
 
 _ONE: Final[TypeAdapter[File]] = TypeAdapter(FileObject)
@@ -161,8 +144,11 @@ def parse_file(value: Any) -> File:
         return _ONE.validate_python(value)
     except ValidationError as fault:
         faults = [
-            f"{_field(error['loc'][1:])}: {error['msg']}"
-            for error in fault.errors(include_url=False, include_context=False, include_input=False)
+            # Pydantic's own words quote the type that was given, which is whatever an owner has mistyped there.
+            f"type: must be one of {error['ctx']['expected_tags']}"
+            if error["type"] == "union_tag_invalid"
+            else f"{'.'.join(str(part) for part in error['loc'][1:]) or 'type'}: {error['msg']}"
+            for error in fault.errors(include_url=False, include_input=False)
         ]
     raise BadFile("; ".join(faults))
 
