@@ -7,16 +7,19 @@ ANYWHERE := not docker and not kubernetes
 FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and $(ANYWHERE) and not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check format bench clean
+.PHONY: help setup demo demo-chain up test check format bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install everything needed into .bootstrap/ and .venv/; the other targets do it by themselves
 	@scripts/bootstrap
 
 demo: setup ## Start the service, run a real two-stage job through it, show what comes out
 	@exec .venv/bin/c2d demo $(ARGS)
+
+demo-chain: setup ## The same through the Provider's dialect, ordered and paid for on a local chain
+	@exec .venv/bin/c2d demo-chain $(ARGS)
 
 up: setup ## Start the service and keep it running until Ctrl-C
 	@exec .venv/bin/c2d up $(ARGS)

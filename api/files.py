@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
-from blocks.remote import Remotes, Unreachable, remotes
 from fastapi.responses import Response, StreamingResponse
 
 from blocks.assets import AssetUnusable
 from blocks.catalogue import CatalogueUnavailable
 from blocks.files import BadFile, BadParameters, File, parse_file
 from blocks.keys import FilesUnavailable, files_of
+from blocks.remote import Remotes, Unreachable, remotes
 from blocks.urls import ForbiddenUrl
 from flows.broker import Broker
 from flows.errors import InvalidParameter, NotReady, SourceFailed

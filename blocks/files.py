@@ -147,7 +147,7 @@ def parse_file(value: Any) -> File:
             # Pydantic's own words quote the type that was given, which is whatever an owner has mistyped there.
             f"type: must be one of {error['ctx']['expected_tags']}"
             if error["type"] == "union_tag_invalid"
-            else f"{'.'.join(str(part) for part in error['loc'][1:]) or 'type'}: {error['msg']}"
+            else f"{_field(error['loc'][1:])}: {error['msg']}"
             for error in fault.errors(include_url=False, include_input=False)
         ]
     raise BadFile("; ".join(faults))

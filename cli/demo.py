@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -79,29 +79,37 @@ def run_demo(state: Path, console: Console) -> Path:
         )
         with service, httpx.Client(base_url=service.api_url, timeout=30.0) as client:
             console.print(f"\nAPI {service.api_url}/docs   Prefect UI {service.prefect_url}\n")
-            job = _follow(client, load_example("workflow.json", base_url), console)
-            folder = state / "results" / str(job["jobId"])
-            _download(client, job["results"], folder, console)
+            job_id = _submit(client, load_example("workflow.json", base_url))
+            console.print(f"POST /api/v1/operator/init -> job {job_id}\n")
+            job = follow(lambda: _status(client, job_id), console)
+            folder = state / "results" / job_id
+            download(client, job["results"], folder, console)
         console.print(f"\n[dim]{time.monotonic() - began:6.1f} s[/dim]  stopped everything")
-    _show(folder, console)
+    show(folder, console)
     return folder
 
 
-def _follow(client: httpx.Client, document: Mapping[str, Any], console: Console) -> dict[str, Any]:
-    """Submit, then print every status as it changes. Raises DemoFailed unless the job completes."""
-    submitted = time.monotonic()
+def _submit(client: httpx.Client, document: Mapping[str, Any]) -> str:
     answer = client.post("/api/v1/operator/init", json={"workflow": document})
     if answer.is_error:
         raise DemoFailed(f"the workflow was refused: {answer.text}")
-    job_id = answer.text
-    console.print(f"POST /api/v1/operator/init -> job {job_id}\n")
+    return answer.text
+
+
+def _status(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    answer = client.get("/api/v1/operator/compute", params={"jobId": job_id})
+    answer.raise_for_status()
+    return dict(answer.json()[0])
+
+
+def follow(status: Callable[[], dict[str, Any]], console: Console) -> dict[str, Any]:
+    """Print every status of a job as it changes. Raises DemoFailed unless the job completes."""
+    submitted = time.monotonic()
     console.print("   since start  status  text                     stage  reason")
     shown = 0
     last = ""
     while time.monotonic() - submitted < JOB_DEADLINE:
-        answer = client.get("/api/v1/operator/compute", params={"jobId": job_id})
-        answer.raise_for_status()
-        (job,) = answer.json()
+        job = status()
         created = float(job["dateCreated"])
         # The history holds also what was over before the next poll; the reason belongs to the last of it.
         history = job["history"]
@@ -130,7 +138,7 @@ def _line(console: Console, seconds: float, passed: Mapping[str, Any], reason: s
     )
 
 
-def _download(client: httpx.Client, results: list[Mapping[str, Any]], folder: Path, console: Console) -> None:
+def download(client: httpx.Client, results: list[Mapping[str, Any]], folder: Path, console: Console) -> None:
     """Every file, streamed, checked against the checksum the status told."""
     table = Table("index", "type", "file", "bytes", "sha256")
     with Progress(console=console, transient=True) as progress:
@@ -154,7 +162,8 @@ def _download(client: httpx.Client, results: list[Mapping[str, Any]], folder: Pa
     console.print(table)
 
 
-def _show(folder: Path, console: Console) -> None:
+def show(folder: Path, console: Console) -> None:
+    """Print the report among the results. Raises: DemoFailed, if there is none."""
     report = folder / "1" / "report.md"
     if not report.is_file():
         raise DemoFailed("the second stage published no report.md")

@@ -1,4 +1,4 @@
-"""The command line: ``c2d up``, ``c2d demo``, ``c2d plan``."""
+"""The command line: ``c2d up``, ``c2d demo``, ``c2d demo-chain``, ``c2d plan``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 
 from blocks.environment import state_folder
 from cli.demo import DemoFailed, run_demo
+from cli.demo_chain import run_demo_chain
+from cli.local_chain import TransactionFailed
 from cli.service import ROOT, CannotStart, Service, interruptible, wait_for_interrupt
 from flows.environments import read_definitions
 from flows.errors import InvalidWorkflow
@@ -73,6 +75,24 @@ def demo(*, state: Path | None = None) -> int:
     try:
         run_demo(state or state_folder() / "demo", _console)
     except (CannotStart, DemoFailed, httpx.HTTPError) as problem:
+        _failed(f"the demo failed: {problem}")
+        return 1
+    return 0
+
+
+@app.command
+def demo_chain(*, state: Path | None = None) -> int:
+    """Run the same job through the Provider's dialect, ordered and paid for on a chain started for it.
+
+    Parameters
+    ----------
+    state
+        Folder of the demo's chain, service and results (default: demo-chain in $C2D_STATE, else .c2d/demo-chain).
+    """
+    _console.print(f"sandbox: {sandbox_line()}\n")
+    try:
+        run_demo_chain(state or state_folder() / "demo-chain", _console)
+    except (CannotStart, DemoFailed, TransactionFailed, httpx.HTTPError) as problem:
         _failed(f"the demo failed: {problem}")
         return 1
     return 0

@@ -331,7 +331,8 @@ class Broker:
     async def _ddo(self, did: str) -> Mapping[str, Any]:
         try:
             return await self.catalogue.ddo(did) or {}
-        except CatalogueUnavailable:
+        except (CatalogueUnavailable, AssetMalformed):
+            # The latter since a moment ago, when the asset itself was found.
             raise NotReady(_NO_CATALOGUE) from None
 
     def _files(self, resource: str, asset: Asset, service: AssetService, ask: DatasetAsk) -> tuple[File, ...] | None:

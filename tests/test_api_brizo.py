@@ -37,7 +37,7 @@ CATALOGUE = {
             "name": "algo",
             "type": "algorithm",
             "files": ["https://example.com/algorithm.py"],
-            "algorithm": {"container": META["container"]},
+            "container": META["container"],
         },
     ],
     "agreements": {

@@ -56,7 +56,7 @@ def algorithm(name: str, **more: Any) -> dict[str, Any]:
         "name": name,
         "type": "algorithm",
         "files": more.pop("files", ["https://example.com/algorithm.py"]),
-        "algorithm": {"container": {**CONTAINER, **more.pop("container", {})}},
+        "container": {**CONTAINER, **more.pop("container", {})},
         **more,
     }
 
@@ -371,7 +371,6 @@ def test_the_nonce_told_can_be_counted_on(house: House) -> None:
 def test_codes_of_data_sets(house: House) -> None:
     """In the words of the original, by the part of the request."""
     house.offer(
-        dataset("nofiles", files=[]),
         dataset("odd", services=[{"id": "s", "type": "wonder", "files": ["https://example.com/x"]}]),
         dataset("download", services=[{"id": "s", "type": "access", "files": ["https://example.com/x"]}]),
         dataset("closed", deny=[ALICE.address]),
@@ -432,7 +431,7 @@ def test_trust_rules_of_a_data_set(house: House, file_server: FileServer) -> Non
     url = file_server.add(b"print('trusted')")
     published = {"documentId": did("algo"), "serviceId": "access"}
     raw = {"meta": META}
-    house.offer(algorithm("algo", files=[url], nft={"owner": BOB.address}))
+    house.offer(algorithm("algo", files=[url], owner=BOB.address))
 
     def rules(**compute: Any) -> Any:
         house.offer(dataset("data", compute=compute))

@@ -35,13 +35,13 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
         "PROVIDERS": f"{PROVIDER.address}, {ADMIN.address}",
         "KEY_FILE": str(tmp_path / "key"),
         "NONCE_DATABASE": "sqlite+aiosqlite://",
-        "CHAIN_IDS": "[1, 8996]",
-        "PROVIDER_ADDRESSES": '{"1": "0x1"}',
+        "CHAINS": '[{"id": 8996, "rpc": "http://127.0.0.1:8545/secret"}]',
     }.items():
         monkeypatch.setenv(f"C2D_{name}", value)
     made = Settings()
     assert {PROVIDER.address.lower(), ADMIN.address.lower()} == made.providers
-    assert ((1, 8996), {"1": "0x1"}) == (made.chain_ids, made.provider_addresses)
+    assert [8996] == [chain.id for chain in made.chains]
+    assert "secret" not in repr(made), "the URL of a node carries its key"
 
 
 def test_an_address_that_is_none_is_refused(tmp_path: Path) -> None:
