@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -138,7 +138,7 @@ def _line(console: Console, seconds: float, passed: Mapping[str, Any], reason: s
     )
 
 
-def download(client: httpx.Client, results: list[Mapping[str, Any]], folder: Path, console: Console) -> None:
+def download(client: httpx.Client, results: Sequence[Mapping[str, Any]], folder: Path, console: Console) -> None:
     """Every file, streamed, checked against the checksum the status told."""
     table = Table("index", "type", "file", "bytes", "sha256")
     with Progress(console=console, transient=True) as progress:
