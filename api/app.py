@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from api.refusals import invalid, refused
 from api.service import Service
 from api.settings import Settings
 from api.tokens import Tokens
+from api.wire import AssetError, ErrorAnswer, FieldErrors
 from flows.broker import Broker
 from flows.errors import NotReady, Refusal
 
@@ -71,12 +73,37 @@ def create_app(settings: Settings, broker: Broker) -> FastAPI:
             if isinstance(route, APIRoute):
                 # Else the documentation names a call by its endpoint's name, in title case.
                 route.summary = route.description.split(".")[0].split("; ")[0]
-        app.include_router(router)
+        app.include_router(router, responses=_faults(router))
+    app.openapi = _described(app)  # type: ignore[method-assign] - as FastAPI's own documentation has it
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_unroutable)
     app.add_middleware(Faults)
     return app
+
+
+_STATUSES: Final = (400, 401, 403, 404, 405, 409, 410, 413, 416, 500, 502, 503)
+
+
+def _faults(router: APIRouter) -> dict[int | str, dict[str, Any]]:
+    """What every call may be answered with instead, for the documentation."""
+    provider = router.prefix == provider_service.router.prefix
+    model: Any = FieldErrors | AssetError | ErrorAnswer if provider else ErrorAnswer
+    return {status: {"model": model, "description": HTTPStatus(status).phrase} for status in _STATUSES}
+
+
+def _described(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """The OpenAPI document, without the 422 that FastAPI answers wrong parameters with and this service does not."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = described()
+        for path in document["paths"].values():
+            for call in path.values():
+                call.get("responses", {}).pop("422", None)
+        return document
+
+    return openapi
 
 
 def _about(broker: Broker) -> APIRouter:

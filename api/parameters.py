@@ -172,7 +172,7 @@ def label(request: Request) -> str:
 
 def documented(call: type[Call], example: Any = None, *, body: bool = True) -> dict[str, Any]:
     """The OpenAPI part of a handler that reads *call*: the same parameters by query or body."""
-    schema = call.model_json_schema()
+    schema = _inlined(call.model_json_schema())
     required = schema.get("required", [])
     described: dict[str, Any] = {
         "parameters": [
@@ -181,7 +181,7 @@ def documented(call: type[Call], example: Any = None, *, body: bool = True) -> d
                 "in": "query",
                 "required": not body and name in required,
                 "description": part.get("description", ""),
-                "schema": {"type": part.get("type", "string")},
+                **_in_query(part),
             }
             for name, part in schema["properties"].items()
         ]
@@ -192,3 +192,32 @@ def documented(call: type[Call], example: Any = None, *, body: bool = True) -> d
             content["example"] = example
         described["requestBody"] = {"required": False, "content": {"application/json": content}}
     return described
+
+
+def _in_query(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's schema where it stands in a query string: what is not one word is written as JSON there."""
+    schema = {name: value for name, value in part.items() if name not in ("description", "default", "title")}
+    kinds = [kind for kind in schema.pop("anyOf", [schema]) if kind.get("type") != "null"]
+    if len(kinds) == 1 and kinds[0].get("type") in _WORDS:
+        return {"schema": kinds[0]}
+    if any("type" not in kind or kind["type"] in ("object", "array") for kind in kinds):
+        return {"content": {"application/json": {"schema": {"anyOf": kinds} if len(kinds) > 1 else kinds[0]}}}
+    return {"schema": {"anyOf": kinds}}
+
+
+_WORDS: Final = frozenset({"string", "integer", "number", "boolean"})
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without ``$defs``: a schema that stands inside an OpenAPI document cannot point to its own root."""
+    definitions = schema.pop("$defs", {})
+
+    def resolved(part: Any) -> Any:
+        if isinstance(part, dict):
+            if "$ref" in part:
+                name = part["$ref"].rpartition("/")[2]
+                return {**resolved(definitions[name]), **{key: part[key] for key in part if key != "$ref"}}
+            return {key: resolved(value) for key, value in part.items()}
+        return [resolved(each) for each in part] if isinstance(part, list) else part
+
+    return dict(resolved(schema))

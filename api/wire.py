@@ -145,6 +145,36 @@ class Environment(BaseModel):
     obstacle: str | None = Field(description="Why it cannot run jobs at present")
 
 
+class ProblemEntry(BaseModel):
+    """One thing that is wrong. *path* is dotted."""
+
+    path: str
+    message: str
+
+
+class ErrorAnswer(BaseModel):
+    """A refusal, or a fault of the service."""
+
+    error: str
+    problems: list[ProblemEntry] | None = None
+    code: str | None = None
+
+
+class AssetError(BaseModel):
+    """The Provider's answer to what cannot be had: a code by the part of the request; contract, section 6."""
+
+    error: dict[str, str]
+    message: str | None = None
+
+
+class FieldErrors(BaseModel):
+    """The Provider's answer to parameters of the wrong form."""
+
+    success: Literal[False]
+    message: str
+    errors: dict[str, list[str]]
+
+
 def early_status(job: Job, dialect: Dialect, view: View) -> EarlyStatus:
     """``/status``, numbered as *dialect* (000 or 001) does."""
     return EarlyStatus(
