@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Self
 from fastapi import APIRouter, Depends
 from fastapi.requests import Request
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
 from api import wire
@@ -19,7 +19,15 @@ from api.download import download
 from api.nonces import Nonce
 from api.parameters import Call, documented, given, label, parse_object
 from api.service import Service, ServiceDep
-from flows.errors import InvalidParameter, MissingParameter, NoSelector, NoSuchResult, UnknownEnvironment
+from flows.errors import (
+    EmptyPayload,
+    InvalidParameter,
+    JobNotFound,
+    MissingParameter,
+    NoSelector,
+    NoSuchResult,
+    UnknownEnvironment,
+)
 from flows.jobs import ADMIN_KINDS, Job, JobQuery, only_job, parse_job_id
 from flows.workflow import Name, Workflow, parse_workflow
 
@@ -82,25 +90,30 @@ class ResultCall(Signed):
     jobId: JobId
 
 
-def _no_restart(_: str) -> str:
-    raise InvalidParameter("jobId: a job that has ended cannot be restarted; leave jobId out for a new one")
-
-
 class Start(Signed):
-    """A new job. Agreement and owner stand in the workflow (spec 000), beside it, or in both and agree."""
+    """
+    A new job, or one that was stopped or has failed once more. Agreement and owner stand in the workflow (spec 000),
+    beside it, or in both and agree.
+    """
 
-    workflow: Annotated[dict[str, Any], BeforeValidator(lambda w: parse_object(w) if isinstance(w, str) else w)]
+    workflow: Annotated[
+        dict[str, Any],
+        BeforeValidator(lambda w: parse_object(w) if isinstance(w, str) else w),
+        Field(description="Required without jobId; with it, the document that takes the place of the job's"),
+    ] = {}  # noqa: RUF012  # pydantic copies it
     agreementId: Name = ""
     owner: Name = ""
     environment: Annotated[Name, Field(description="Where stages run that name none in compute.namespace")] = ""
-    jobId: Annotated[str, AfterValidator(_no_restart), Field(description="Refused when given")] = ""
+    jobId: Annotated[JobId, Field(description="A stopped or failed job, to be restarted under this id")] = ""
 
     @model_validator(mode="before")
     @classmethod
     def _unwrapped(cls, values: Any) -> Any:
         """A document posted as it is, without the outer key: its stages tell."""
+        if not values:
+            raise EmptyPayload
         if isinstance(values, dict) and "workflow" not in values and "stages" in values:
-            beside = ("environment", "providerSignature", "nonce")
+            beside = ("environment", "jobId", "providerSignature", "nonce")
             return {"workflow": values} | {name: values[name] for name in beside if name in values}
         return values
 
@@ -148,7 +161,7 @@ SignedGiven = Annotated[Signed, Depends(given(Signed))]
     openapi_extra=documented(Start, EXAMPLE),
 )
 async def init(call: StartGiven, request: Request, service: ServiceDep) -> str:
-    """Create new job; answers its id. Spec 000."""
+    """Create new job, or restart the one named by jobId; answers its id. Spec 000."""
     return (await _start(call, request, service))[0].id
 
 
@@ -163,7 +176,7 @@ async def read_status(call: SelectionGiven, request: Request, service: ServiceDe
 
 @router.post("/compute", name="operatorComputeStart", openapi_extra=documented(Start, EXAMPLE))
 async def start(call: StartGiven, request: Request, service: ServiceDep) -> list[wire.OperatorStatus]:
-    """Create new job; answers its status."""
+    """Create new job, or restart the one named by jobId; answers its status."""
     job, caller = await _start(call, request, service)
     return [wire.operator_status(job, _view(caller, request, service))]
 
@@ -218,12 +231,21 @@ async def running_jobs(call: SignedGiven, request: Request, service: ServiceDep)
 
 
 async def _start(call: Start, request: Request, service: Service) -> tuple[Job, Caller]:
+    if "workflow" not in call.model_fields_set and not call.jobId:
+        raise MissingParameter("workflow", label(request))
     # Who calls comes first: what is not signed by a provider must not cost more than its signature's check.
-    caller = await _caller(call, request, service, owner=call.named_owner)
-    workflow = await run_in_threadpool(lambda: call.document)
+    caller = await _caller(call, request, service, owner=call.named_owner, job_id=call.jobId)
+    workflow = await run_in_threadpool(lambda: call.document) if "workflow" in call.model_fields_set else None
     if call.environment and call.environment not in {state.offer.id for state in await service.jobs.environments()}:
         raise UnknownEnvironment
-    return await service.jobs.submit(workflow), caller
+    if not call.jobId:
+        assert workflow is not None  # noqa: S101  # for mypy: it is required then
+        return await service.jobs.submit(workflow), caller
+    # To whoever names another owner or agreement there is no such job, as when stopping it.
+    named = JobQuery(parse_job_id(call.jobId), call.agreementId or None, call.named_owner or None)
+    if not await service.jobs.find(named):
+        raise JobNotFound(f"No job {call.jobId}")
+    return await service.jobs.restart(parse_job_id(call.jobId), workflow), caller
 
 
 async def _signed_view(call: Selection, request: Request, service: Service) -> wire.View:

@@ -12,7 +12,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -227,6 +228,33 @@ class ResultStore:
 
         self._do("a job could not be deleted", delete)
 
+    def stages(self, job_id: str) -> frozenset[int]:
+        """Stages of a job that have published."""
+        folder = f"{self._job(job_id)}/manifest"
+        try:
+            paths = self._do("a manifest could not be read", lambda fs, root: fs.ls(f"{root}/{folder}", detail=False))
+        except NotStored:
+            return frozenset()
+        return frozenset(stage for path in paths if (stage := _stage_of(path)) is not None)
+
+    def retract(self, job_id: str, keep: Collection[int]) -> None:
+        """Delete what the stages of a job have published but those in *keep*; their manifests go first."""
+        if not keep:
+            self.delete_job(job_id)
+            return
+        job = self._job(job_id)
+
+        def retract(fs: Any, root: str) -> None:
+            for folder in ("manifest", "files"):
+                with suppress(FileNotFoundError):
+                    for path in fs.ls(f"{root}/{job}/{folder}", detail=False):
+                        name = path.rstrip("/").rpartition("/")[2].removesuffix(".json")
+                        # Files whose names had to be hashed stay: no name tells their stage, and no manifest them.
+                        if name.isdecimal() and int(name) not in keep:
+                            fs.rm(path, recursive=True)
+
+        self._do("results of an earlier try could not be deleted", retract)
+
     def publish_manifest(self, job_id: str, stage: int, part: Manifest) -> None:
         """
         Make what a stage has stored visible, at once or not at all; a repeat replaces the stage's part.
@@ -253,8 +281,8 @@ class ResultStore:
         def read(fs: Any, root: str) -> dict[int, bytes]:
             parts = {}
             for path in fs.ls(f"{root}/{folder}", detail=False):
-                if found := re.fullmatch(r"(\d+)\.json", path.rstrip("/").rpartition("/")[2]):
-                    parts[int(found[1])] = fs.cat_file(path)
+                if (stage := _stage_of(path)) is not None:
+                    parts[stage] = fs.cat_file(path)
             return parts
 
         try:
@@ -350,6 +378,12 @@ class _Window(io.RawIOBase):
         buffer[: len(got)] = got
         self._at += len(got)
         return len(got)
+
+
+def _stage_of(path: str) -> int | None:
+    """The stage whose part of a manifest *path* is; None for what else may lie there."""
+    found = re.fullmatch(r"(\d+)\.json", path.rstrip("/").rpartition("/")[2])
+    return int(found[1]) if found else None
 
 
 def _options(url: str, given: Mapping[str, Any]) -> dict[str, Any]:

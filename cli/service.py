@@ -47,6 +47,7 @@ from flows.compute import FLOW_NAME
 from flows.environments import read_definitions
 from flows.prefect_jobs import LIVE_STATES
 from flows.sealing import create_key_file
+from tasks.workspace import sweep
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 """Where prefect.yaml is: the checkout this runs from."""
@@ -254,6 +255,7 @@ class Service:
             "deploy", [*_PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(self.definitions)]
         )
         self._take_up_jobs()
+        self._sweep()
         self._until_done(deploy)
         # Not earlier: a job that waits must not be run by the rules that held before this deployment.
         self._launch_workers()
@@ -279,7 +281,16 @@ class Service:
                 f"the Prefect server does not take back the jobs in flight ({type(fault).__name__})"
             ) from None
         if resumed:
-            self.say(f"{resumed} job(s) that were in flight begin anew")
+            self.say(f"{resumed} job(s) that were in flight go on")
+
+    def _sweep(self) -> None:
+        """Folders of jobs that ended long ago: the next job may never come. Nobody is to wait for it in vain."""
+        for block in self._environments:
+            root = Path(block.workspace).resolve() if block.workspace else self.state / "work"
+            try:
+                sweep(root, block.offer.storage_expiry)
+            except (OSError, subprocess.CalledProcessError):
+                self.say(f"folders of jobs that ended long ago could not be removed from {root}")
 
     def stop(self) -> None:
         """
@@ -373,8 +384,8 @@ class Service:
         """
         End what was started by a part that is gone.
 
-        A worker that is killed leaves the processes of its jobs behind. Their jobs are begun anew, and would run
-        twice at the same time, in one folder.
+        A worker that is killed leaves the processes of its jobs behind. Their jobs are taken up again, and would
+        wait for them.
         """
         mark = f"{MARK}={self._mark}".encode()
         alive = {part.process.pid for part in self.parts if part.alive}

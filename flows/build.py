@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from threading import Event
-from typing import Any, Final, cast
+from typing import Any, Final, ParamSpec, cast
 from uuid import UUID
 
 from prefect import Task, allow_failure, task
@@ -18,11 +20,13 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
+from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
+from prefect.transactions import get_transaction
 from prefect.utilities.annotations import quote
 
 from blocks.assets import folder_name
@@ -33,6 +37,7 @@ from blocks.store import Kind
 from flows.plan import Plan, PlannedStage, Step
 from flows.states import SKIPPED
 from flows.status import Phase, Status
+from flows.steps import step_keys
 from tasks.execute import execute_algorithm
 from tasks.provision import (
     AlgorithmUnreachable,
@@ -46,7 +51,7 @@ from tasks.provision import (
     write_parameters,
 )
 from tasks.results import FilterReport, PublishFailed, filter_outputs, publish_outputs
-from tasks.workspace import Workspace, stage_workspace
+from tasks.workspace import Workspace, stage_workspace, steps_folder
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,32 @@ class Site:
 # be; every step asks before it begins.
 Upstream = Sequence[StageResult]
 
+P = ParamSpec("P")
 
-@task(cache_policy=NO_CACHE)
+
+def _step(function: Callable[P, Any]) -> Task[P, Any]:
+    """A task whose result is remembered if it did what it was to do, and forgotten if it failed or was skipped."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+        outcome = function(*args, **kwargs)
+        transaction = get_transaction()
+        if transaction is not None and not _succeeded(outcome):
+            # Whatever is returned here would be found again: to Prefect, a task that returns has a result.
+            transaction.write_on_commit = False
+        return outcome
+
+    return task(cache_policy=NO_CACHE)(run)
+
+
+def _succeeded(outcome: object) -> bool:
+    """A state that does not bear Prefect's own name tells of another ending: withheld, out of memory, skipped."""
+    if isinstance(outcome, State):
+        return outcome.is_completed() and outcome.name == "Completed"
+    return not isinstance(outcome, StageResult) or outcome.ok
+
+
+@_step
 def provision_data(site: Site, upstream: Upstream) -> Any:
     """Fetch every input of a stage into its workspace, in parallel."""
     if not _may_begin(site, upstream):
@@ -117,7 +146,7 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
     return Completed(message=f"{len(fetched)} files, {sum(file.size for file in fetched)} bytes", data=fetched)
 
 
-@task(cache_policy=NO_CACHE)
+@_step
 def provision_algorithm(site: Site, upstream: Upstream) -> Any:
     """Fetch or write the algorithm of a stage."""
     if not _may_begin(site, upstream):
@@ -138,12 +167,13 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
     return Completed(message=f"{fetched.size} bytes", data=fetched)
 
 
-@task(cache_policy=NO_CACHE)
+@_step
 def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: FetchedFile) -> Any:
     """Run the algorithm of a stage, shut in. A failing algorithm is a result, not an error of this task."""
     if not (isinstance(inputs, tuple) and isinstance(algorithm, FetchedFile)) or site.stop.is_set():
         return _skipped()
     stage, environment = site.stage, site.environment
+    site.workspace.create()
     site.workspace.configuration_log.write_text(configuration_log(inputs, algorithm))
     report = execute_algorithm(
         environment.make_runner(),
@@ -167,7 +197,7 @@ def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: Fetche
     return Completed(name=_sentence(report).capitalize()[:200], message=_sentence(report), data=report)
 
 
-@task(cache_policy=NO_CACHE)
+@_step
 def filter_results(site: Site, report: ExitReport) -> Any:
     """Decide which outputs may leave. Outputs of a failed algorithm never do; its log does."""
     if not isinstance(report, ExitReport) or site.stop.is_set():
@@ -185,7 +215,7 @@ def filter_results(site: Site, report: ExitReport) -> Any:
     return verdict
 
 
-@task(cache_policy=NO_CACHE)
+@_step
 def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> Any:
     """Put what may leave, and the logs, into the result store."""
     if not (isinstance(report, ExitReport) and isinstance(verdict, FilterReport)) or site.stop.is_set():
@@ -270,6 +300,9 @@ _EXPECTED: Final = {
 SHOWN: Final = 100
 """Rows of an artifact: for people. All of them are in the job's logs."""
 
+ENDING: Final = 10.0
+"""Seconds the steps of a stopped job have to end: less than a worker gives its process."""
+
 Futures = Mapping[str, PrefectFuture[Any]]
 
 
@@ -279,6 +312,7 @@ def run_plan(
     """
     Run every step of *plan* as a task of the current flow run, each as soon as what it waits for is done.
 
+    A step whose result is in the job's folder is not run; ``flows.steps.settle`` leaves only those that hold.
     *secret_of* makes a text from a name that nobody else can make.
 
     Returns:
@@ -288,6 +322,7 @@ def run_plan(
         Exception: A bug in a task, as it was raised there.
     """
     futures: dict[str, PrefectFuture[Any]] = {}
+    keys = step_keys(plan, environments, secret_of)
     stop = Event()
     try:
         for step in plan.steps:
@@ -305,7 +340,15 @@ def run_plan(
             )
             futures[step.name] = (
                 TASK_FOR[step.phase]
-                .with_options(name=step.name, task_run_name=step.name)
+                .with_options(
+                    name=step.name,
+                    task_run_name=step.name,
+                    persist_result=True,
+                    cache_policy=CacheKeyFnPolicy(cache_key_fn=_constantly(keys[step.name])),
+                    # A path, not a block: it goes with the job, and holds only on the machine where the files are.
+                    result_storage=steps_folder(site.environment.workspace_root(), job_id),
+                    result_serializer="pickle",
+                )
                 .submit(
                     # Quoted: nothing in it is a future, and Prefect would search all of it for one, task by task.
                     quote(site),
@@ -319,9 +362,17 @@ def run_plan(
         # A stop arrives here, as what SIGTERM raises. Prefect then waits for the threads of the tasks, so those
         # have to end.
         stop.set()
+        # And whoever called us looks at what they leave.
+        deadline = time.monotonic() + ENDING
+        for future in futures.values():
+            future.wait(timeout=max(0.0, deadline - time.monotonic()))
         raise
     results = [_stage_result(stage, futures) for stage in plan.stages]
     return next((result for result in results if result is not None and not result.ok), StageResult(Status.COMPLETED))
+
+
+def _constantly(key: str) -> Callable[[TaskRunContext, dict[str, Any]], str]:
+    return lambda context, parameters: key
 
 
 def _handed_on(step: Step, futures: Futures) -> dict[str, Any]:

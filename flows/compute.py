@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,14 +17,15 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from blocks.environment import ComputeEnvironment, load_environments_sync, state_folder
 from blocks.store import StoreUnavailable
-from flows.build import run_plan
+from flows.build import StageResult, run_plan
 from flows.errors import InvalidWorkflow
 from flows.plan import Plan, compile_plan
 from flows.sealing import Seal
 from flows.states import ended_state
-from flows.status import Status
+from flows.status import Phase, Status
+from flows.steps import settle, step_keys
 from flows.workflow import parse_workflow
-from tasks.workspace import remove_job
+from tasks.workspace import held, remove_job, sweep
 
 FLOW_NAME: Final = "compute"
 DOCUMENT: Final = "document"
@@ -73,30 +75,69 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     get_run_logger().info("plan\n%s", plan)
     if obstacle := _obstacle(plan, environments):
         return ended_state(Status.RUN_FAILED, f"refused: {obstacle}")
-    roots = {environments[stage.environment].workspace_root() for stage in plan.stages}
-    if flow_run.run_count > 1:
-        _forget_earlier_try(plan, job_id, environments)
-    try:
-        result = run_plan(plan, job_id, environments, seal.fingerprint)
-    finally:
-        # Whatever the end: data that must not leave must not lie about either.
-        _remove(roots, job_id)
+    used = [environments[stage.environment] for stage in plan.stages]
+    blocks = {block.workspace_root(): block for block in used}
+    _sweep(blocks)
+    with ExitStack() as stack:
+        for root, block in blocks.items():
+            stack.enter_context(held(root, job_id, block.offer.storage_expiry, waits=_tell_of_waiting))
+        result = _go_on(plan, job_id, environments, seal)
+        if result.status is Status.COMPLETED:
+            # What has been published is in the store; data that must not leave must not lie about either.
+            for root in blocks:
+                remove_job(root, job_id)
     return ended_state(result.status, result.message)
 
 
-def _forget_earlier_try(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment]) -> None:
-    """A run that was cut off may have published some of its stages; this one begins anew."""
+def _go_on(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment], seal: Seal) -> StageResult:
+    """Do what no earlier try of this job has done, and leave of it what the next one need not do."""
+    keys = step_keys(plan, environments, seal.fingerprint)
+    published = _published(plan, job_id, environments) if flow_run.run_count > 1 else None
+    done = settle(plan, job_id, keys, environments, published)
+    if flow_run.run_count > 1:
+        get_run_logger().info("%d of %d steps had finished before", len(done), len(plan.steps))
+        _retract_unfinished(plan, job_id, environments, done)
+    try:
+        return run_plan(plan, job_id, environments, seal.fingerprint)
+    finally:
+        settle(plan, job_id, keys, environments)
+
+
+def _published(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment]) -> set[int] | None:
+    """The stages whose part is in the store; None while nobody can tell."""
+    try:
+        return {
+            stage
+            for environment in {stage.environment for stage in plan.stages}
+            for stage in environments[environment].store().stages(job_id)
+        }
+    except StoreUnavailable:
+        return None
+
+
+def _retract_unfinished(
+    plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment], done: frozenset[str]
+) -> None:
+    """What an earlier try has published of stages that are done anew, or are no more, is not to be taken for theirs."""
+    keep = {stage.index for stage in plan.stages if f"{stage.index}/{Phase.PUBLISH}" in done}
     for environment in {stage.environment for stage in plan.stages}:
-        _remove([environments[environment].workspace_root()], job_id)
         try:
-            environments[environment].store().delete_job(job_id)
+            environments[environment].store().retract(job_id, keep)
         except StoreUnavailable:
             get_run_logger().warning("the store is away; what an earlier try has published is replaced at the end")
 
 
-def _remove(roots: Iterable[Path], job_id: str) -> None:
-    for root in roots:
-        remove_job(root, job_id)
+def _sweep(blocks: dict[Path, ComputeEnvironment]) -> None:
+    """Of jobs that were never restarted. Not this job's business, so nothing of it may end this job."""
+    for root, block in blocks.items():
+        try:
+            sweep(root, block.offer.storage_expiry)
+        except (OSError, subprocess.CalledProcessError):
+            get_run_logger().warning("folders of jobs that ended long ago could not be removed")
+
+
+def _tell_of_waiting() -> None:
+    get_run_logger().warning("another process still works on this job; waiting for its end")
 
 
 def _obstacle(plan: Plan, environments: dict[str, ComputeEnvironment]) -> str | None:

@@ -129,6 +129,13 @@ class JobNotFound(Refusal):
     http = 404
 
 
+class NotRestartable(Refusal):
+    """The job is still going, or there is nothing left of it to do; the message says which and what to do."""
+
+    slug = "not-restartable"
+    http = 409
+
+
 class NoSuchResult(Refusal):
     slug = "no-such-result"
     http = 404

@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import Any
 
 from blocks.limits import Offer
-from flows.errors import AgreementInUse, InvalidParameter, JobNotFound, NoSuchResult
+from flows.errors import AgreementInUse, InvalidParameter, JobNotFound, NoSuchResult, NotRestartable
 from flows.plan import Plan, compile_plan
 from flows.status import TERMINAL, TEXT, Status
 from flows.workflow import Workflow
@@ -81,6 +81,10 @@ class Job:
     removed: bool = False
     algorithm_did: str | None = None
     input_dids: tuple[str, ...] = ()
+    document_id: str = ""
+    """The main data set: the id of the first input of the first stage; empty if there is none."""
+    whitelist: tuple[str, ...] = ()
+    """Addresses, in lower case, that may have the results beside the owner."""
 
     @property
     def text(self) -> str:
@@ -91,6 +95,11 @@ class Job:
     def ended(self) -> bool:
         return self.status in TERMINAL
 
+    @property
+    def restartable(self) -> bool:
+        """Whether it was stopped or has failed, so that there is something left of it to do."""
+        return self.ended and self.status not in (Status.COMPLETED, Status.DELETED)
+
 
 @dataclass(frozen=True)
 class JobQuery:
@@ -99,10 +108,12 @@ class JobQuery:
     job_id: str | None = None
     agreement_id: str | None = None
     owner: str | None = None
+    document_id: str | None = None
+    """Matches ``Job.document_id``."""
 
     @property
     def empty(self) -> bool:
-        return not (self.job_id or self.agreement_id or self.owner)
+        return not (self.job_id or self.agreement_id or self.owner or self.document_id)
 
     def matches(self, job: Job) -> bool:
         return (
@@ -110,6 +121,7 @@ class JobQuery:
             and (not self.job_id or self.job_id == job.id)
             and (not self.agreement_id or self.agreement_id == job.agreement_id)
             and (not self.owner or self.owner.lower() == job.owner.lower())
+            and (not self.document_id or self.document_id == job.document_id)
         )
 
 
@@ -184,6 +196,21 @@ class Jobs(ABC):
         """
 
     @abstractmethod
+    async def restart(self, job_id: str, workflow: Workflow | None = None) -> Job:
+        """
+        Queue a job that was stopped or has failed again, under its id; steps that had finished are not done again.
+
+        *workflow* takes the place of its document, and what it changes is done anew with all that follows from it.
+        Several calls at the same time begin it once.
+
+        Raises:
+            JobNotFound
+            NotRestartable: It is still going, or completed.
+            InvalidWorkflow: Every problem of *workflow*.
+            InvalidParameter: *workflow* has another agreement or owner than the job, or another environment.
+        """
+
+    @abstractmethod
     async def delete(self, query: JobQuery) -> list[Job]:
         """
         Stop the matching jobs, then remove them with everything they left; answers each as DELETED.
@@ -212,6 +239,34 @@ async def only_job(jobs: Jobs, job_id: str) -> Job:
     return found[0]
 
 
+def not_restartable(job: Job) -> NotRestartable:
+    """Why *job* cannot be restarted and what can be done instead."""
+    if job.ended:
+        return NotRestartable(
+            f"Job {job.id} has ended as `{job.text}`, so there is nothing to restart; submit a new job under another "
+            "agreement to compute it again"
+        )
+    return NotRestartable(f"Job {job.id} is still going (`{job.text}`); stop it, or wait until it has ended")
+
+
+def check_takes_over(job: Job, plan: Plan) -> None:
+    """
+    Whether *plan* may become that of *job*.
+
+    Raises:
+        InvalidParameter: It is somebody else's, another job's, or to be run elsewhere.
+    """
+    if plan.agreement_id != job.agreement_id:
+        raise InvalidParameter("agreementId: a job is restarted under its own agreement; the workflow names another")
+    if plan.owner.lower() != job.owner.lower():
+        raise InvalidParameter("owner: a job is restarted for its own owner; the workflow names another")
+    if plan.stages[0].environment != job.environment:
+        raise InvalidParameter(
+            f"workflow: a job is restarted where it was; its environment is `{job.environment}`, the workflow names "
+            "another"
+        )
+
+
 def summary_of(plan: Plan) -> Mapping[str, Any]:
     """What may be read in clear of a sealed document: names and numbers, no URL, code or user data."""
     stages = plan.stages
@@ -222,9 +277,23 @@ def summary_of(plan: Plan) -> Mapping[str, Any]:
         "stages": [stage.index for stage in stages],
         "seconds": {str(stage.index): stage.limits.seconds for stage in stages},
         "inputs": [planned.id for stage in stages for planned in stage.inputs if planned.stage is None],
+        "document": next((planned.id for planned in stages[0].inputs), ""),
+        "whitelist": list(plan.whitelist),
         "urls": sum(len(planned.files) for stage in stages for planned in stage.inputs),
         "algorithm": next((stage.algorithm_id for stage in stages if stage.algorithm_id), None),
         "image": f"{stages[-1].container.image}:{stages[-1].container.tag}",
+    }
+
+
+def _told_by(plan: Plan) -> dict[str, Any]:
+    """Fields of a job that its document tells."""
+    summary = summary_of(plan)
+    return {
+        "stages": len(plan.stages),
+        "algorithm_did": summary["algorithm"],
+        "input_dids": tuple(summary["inputs"]),
+        "document_id": summary["document"],
+        "whitelist": tuple(summary["whitelist"]),
     }
 
 
@@ -250,7 +319,6 @@ class MemoryJobs(Jobs):
                 if self._digests[job.id] != digest:
                     raise AgreementInUse
                 return job
-        summary = summary_of(plan)
         at = self.now()
         job = Job(
             id=uuid.uuid4().hex,
@@ -260,10 +328,8 @@ class MemoryJobs(Jobs):
             status=Status.WARMING_UP,
             created=at,
             reason="waiting for a worker",
-            stages=len(plan.stages),
             history=(Transition(Status.WARMING_UP, at),),
-            algorithm_did=summary["algorithm"],
-            input_dids=tuple(summary["inputs"]),
+            **_told_by(plan),
         )
         self._jobs[job.id] = job
         self._digests[job.id] = digest
@@ -305,6 +371,33 @@ class MemoryJobs(Jobs):
             if not job.ended:
                 self.move(job.id, Status.STOPPED, reason="stopped on request")
         return await self.find(query)
+
+    async def restart(self, job_id: str, workflow: Workflow | None = None) -> Job:
+        job = await only_job(self, job_id)
+        if not job.restartable:
+            raise not_restartable(job)
+        changes: dict[str, Any] = {}
+        if workflow is not None:
+            plan = compile_plan(workflow, self.offers)
+            check_takes_over(job, plan)
+            changes = _told_by(plan)
+            self._digests[job_id] = document_digest(workflow)
+        self._bodies = {key: body for key, body in self._bodies.items() if key[0] != job_id}
+        self._jobs[job_id] = replace(
+            job,
+            status=Status.WARMING_UP,
+            detail="",
+            reason="waiting for a worker",
+            finished=None,
+            stopped_in=Status.WARMING_UP,
+            stage=None,
+            progress=0.0,
+            history=(*job.history, Transition(Status.WARMING_UP, self.now())),
+            results=(),
+            stop_request=StopRequest.NONE,
+            **changes,
+        )
+        return self._jobs[job_id]
 
     async def delete(self, query: JobQuery) -> list[Job]:
         deleted = []

@@ -87,6 +87,8 @@ class Plan:
     owner: str
     stages: tuple[PlannedStage, ...]
     steps: tuple[Step, ...]
+    whitelist: tuple[str, ...] = ()
+    """Who may have the results beside the owner, as the last stage names them: addresses in lower case."""
 
     def stage(self, index: int) -> PlannedStage:
         return next(stage for stage in self.stages if stage.index == index)
@@ -164,6 +166,7 @@ def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
         owner=workflow.owner,
         stages=stages,
         steps=tuple(step for stage in stages for step in _steps(stage)),
+        whitelist=tuple(address.lower() for address in by_index[order[-1]].output.whitelist),
     )
 
 

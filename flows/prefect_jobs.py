@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -14,6 +15,7 @@ from uuid import UUID, uuid4
 import httpx
 from cachetools import LRUCache, TTLCache
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -28,7 +30,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import Artifact, FlowRun, State, StateType, TaskRun
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import FlowRunWaitTimeout, ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import FlowRunWaitTimeout, ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 from prefect.flow_runs import wait_for_flow_run
 from prefect.states import Cancelled, Cancelling, Scheduled
 
@@ -36,7 +38,7 @@ from blocks.environment import ComputeEnvironment, load_environments
 from blocks.store import Manifest, NotStored, StoreUnavailable
 from flows.build import fetch_key
 from flows.compute import DOCUMENT, FLOW_NAME
-from flows.errors import AgreementInUse, NoSuchResult, NotReady
+from flows.errors import AgreementInUse, JobNotFound, NoSuchResult, NotReady
 from flows.jobs import (
     EnvironmentState,
     Job,
@@ -44,14 +46,16 @@ from flows.jobs import (
     Jobs,
     Result,
     Transition,
+    check_takes_over,
     document_digest,
+    not_restartable,
     only_job,
     summary_of,
 )
 from flows.plan import Plan, compile_plan
 from flows.reasons import RESUMING, STOPPING, silent, why_ended, why_live, why_waiting
 from flows.sealing import Seal
-from flows.states import Steps, live_status, run_status, steps_of, stop_request, transitions
+from flows.states import Steps, history, live_status, of_tries, run_status, steps_of, stop_request, transitions
 from flows.status import BY_TEXT, Phase, Status
 from flows.workflow import Workflow
 from tasks.workspace import remove_job
@@ -67,6 +71,12 @@ STOP_DEADLINE: Final = 15
 
 SETTLED: Final = 30.0
 """Seconds after a run's end until its task runs are surely recorded: Prefect records them behind the run."""
+
+RESTARTS: Final = "job-restarts"
+"""Name of Prefect's concurrency limit that lets only one restart happen at a time, whichever API it is asked of."""
+
+RESTART_DECAY: Final = 0.02
+"""Slots a second that it frees by itself: of an API that died with the slot nothing is left after 50 s."""
 
 LIVE_STATES: Final = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 _WAITING: Final = [StateType.SCHEDULED]
@@ -85,6 +95,19 @@ def _agreement_tag(agreement_id: str) -> str:
 
 def _environment_tag(environment: str) -> str:
     return f"environment:{environment}"
+
+
+def _document_tag(document_id: str) -> str:
+    return f"document:{document_id}"
+
+
+def _tags(plan: Plan) -> list[str]:
+    return [
+        _owner_tag(plan.owner),
+        _agreement_tag(plan.agreement_id),
+        _environment_tag(plan.stages[0].environment),
+        _document_tag(summary_of(plan)["document"]),
+    ]
 
 
 def _in_states(kinds: Sequence[StateType], *tags: str) -> FlowRunFilter:
@@ -132,6 +155,7 @@ class PrefectJobs(Jobs):
         self._blocks_cache: TTLCache[None, dict[str, ComputeEnvironment]] = TTLCache(1, ttl=5)
         self._offers_cache: TTLCache[None, list[EnvironmentState]] = TTLCache(1, ttl=1)
         self._deployments: TTLCache[str, UUID] = TTLCache(1_000, ttl=30)
+        self._restarting = asyncio.Lock()
         self._ended: LRUCache[tuple[UUID, UUID], Job] = LRUCache(10_000)
 
     async def submit(self, workflow: Workflow) -> Job:
@@ -141,27 +165,16 @@ class PrefectJobs(Jobs):
             # Off the event loop: the largest documents take seconds.
             plan = await asyncio.to_thread(compile_plan, workflow, offers)
             environment = blocks[plan.stages[0].environment]
-            if obstacle := await self._obstacle(environment):
-                raise NotReady(f"This environment cannot shut an algorithm in, so it runs none: {obstacle}")
-            fingerprint, sealed = await asyncio.to_thread(self._sealed, workflow)
-            parameters: dict[str, Any] = {
-                "sealed": sealed,
-                "summary": {**summary_of(plan), "fingerprint": fingerprint},
-            }
-            if len(sealed) > LARGEST_PARAMETER:
-                # A name of its own: what is refused because its agreement is in use must not replace what has it.
-                name = uuid4().hex
-                await asyncio.to_thread(environment.documents().put_bytes, name, DOCUMENT, sealed.encode("ascii"))
-                parameters |= {"sealed": name, "stored_in": environment.offer.id}
+            await self._check_shuts_in(environment)
+            parameters = await self._parameters(workflow, plan, environment)
             try:
                 run = await self._create(plan, environment.offer.id, parameters)
             except BaseException:
-                if "stored_in" in parameters:
-                    await asyncio.to_thread(environment.documents().delete_job, parameters["sealed"])
+                await _remove_document(environment, parameters)
                 raise
-            if "stored_in" in parameters and run.parameters["sealed"] != parameters["sealed"]:
-                await asyncio.to_thread(environment.documents().delete_job, parameters["sealed"])
-        if run.parameters["summary"]["fingerprint"] != fingerprint:
+            if run.parameters["sealed"] != parameters["sealed"]:
+                await _remove_document(environment, parameters)
+        if run.parameters["summary"]["fingerprint"] != parameters["summary"]["fingerprint"]:
             raise AgreementInUse
         return (await self._jobs_of([run]))[0]
 
@@ -171,6 +184,7 @@ class PrefectJobs(Jobs):
         tags = [
             *([_owner_tag(query.owner)] if query.owner else []),
             *([_agreement_tag(query.agreement_id)] if query.agreement_id else []),
+            *([_document_tag(query.document_id)] if query.document_id else []),
         ]
         wanted = FlowRunFilter(
             id=FlowRunFilterId(any_=[UUID(query.job_id)]) if query.job_id else None,
@@ -188,6 +202,31 @@ class PrefectJobs(Jobs):
         async with _reaching_out():
             await asyncio.gather(*(self._cancel(UUID(job.id)) for job in live))
         return await self.find(query)
+
+    async def restart(self, job_id: str, workflow: Workflow | None = None) -> Job:
+        async with _reaching_out():
+            run, job = await self._restartable(job_id)
+            blocks = await self._blocks()
+            environment = blocks.get(job.environment)
+            if environment is None:
+                raise NotReady("The environment of this job is not registered any more.")
+            parameters = tags = None
+            if workflow is not None:
+                offers = {name: block.offer for name, block in blocks.items()}
+                plan = await asyncio.to_thread(compile_plan, workflow, offers)
+                check_takes_over(job, plan)
+                parameters, tags = await self._parameters(workflow, plan, environment), _tags(plan)
+            try:
+                await self._check_shuts_in(environment)
+                before = await self._requeue(run, parameters, tags)
+            except BaseException:
+                if parameters is not None:
+                    await _remove_document(environment, parameters)
+                raise
+            if parameters is not None:
+                # Not before: what waits must find its document, whatever becomes of us.
+                await _remove_document(environment, before)
+        return await only_job(self, job_id)
 
     async def delete(self, query: JobQuery) -> list[Job]:
         jobs = await self.stop(query)
@@ -241,8 +280,53 @@ class PrefectJobs(Jobs):
             state=Scheduled(),
             # One agreement, one run, whatever arrives at the same time: Prefect's database holds the key unique.
             idempotency_key=f"agreement:{hashlib.sha256(plan.agreement_id.encode()).hexdigest()}",
-            tags=[_owner_tag(plan.owner), _agreement_tag(plan.agreement_id), _environment_tag(environment)],
+            tags=_tags(plan),
         )
+
+    async def _parameters(self, workflow: Workflow, plan: Plan, environment: ComputeEnvironment) -> dict[str, Any]:
+        """Those of a run of *plan*. A document too large for them is in the store of documents when this returns."""
+        fingerprint, sealed = await asyncio.to_thread(self._sealed, workflow)
+        summary = {**summary_of(plan), "fingerprint": fingerprint}
+        if len(sealed) <= LARGEST_PARAMETER:
+            return {"sealed": sealed, "summary": summary}
+        # A name of its own: what is refused because its agreement is in use must not replace what has it.
+        name = uuid4().hex
+        await asyncio.to_thread(environment.documents().put_bytes, name, DOCUMENT, sealed.encode("ascii"))
+        return {"sealed": name, "summary": summary, "stored_in": environment.offer.id}
+
+    async def _restartable(self, job_id: str) -> tuple[FlowRun, Job]:
+        """Raises JobNotFound, NotRestartable."""
+        runs = await self._runs(FlowRunFilter(id=FlowRunFilterId(any_=[UUID(job_id)])))
+        if not runs:
+            raise JobNotFound(f"No job {job_id}")
+        (job,) = await self._jobs_of(runs)
+        if not job.restartable:
+            raise not_restartable(job)
+        return runs[0], job
+
+    async def _requeue(
+        self, run: FlowRun, parameters: Mapping[str, Any] | None, tags: Sequence[str] | None
+    ) -> Mapping[str, Any]:
+        """
+        Put an ended run back into the queue, once, whoever else is at it.
+
+        Prefect would take a run that goes on already back into the queue as well, so that it would run twice: nobody
+        may do this between our look at it and its new state.
+
+        Returns:
+            The parameters it had before; those of *run* if another has put it back in the meantime.
+
+        Raises:
+            JobNotFound, NotRestartable, NotReady.
+        """
+        async with self._alone():
+            now, _ = await self._restartable(run.id.hex)
+            given = dict(parameters or now.parameters)
+            # Task runs of earlier tries stay on record; this tells them from those to come.
+            given["summary"] = {**given["summary"], "tries": now.run_count}
+            await self._client.update_flow_run(run.id, parameters=given, tags=tags)
+            await self._client.set_flow_run_state(run.id, Scheduled(), force=True)
+        return now.parameters
 
     async def _cancel(self, run_id: UUID) -> None:
         try:
@@ -273,8 +357,7 @@ class PrefectJobs(Jobs):
             # Its record is the only thing that knows of its files, so it must not go before them.
             raise NotReady("The environment of this job is not registered any more, so its results cannot be deleted.")
         await asyncio.to_thread(block.store().delete_job, job.id)
-        if parameters.get("stored_in"):
-            await asyncio.to_thread(block.documents().delete_job, parameters["sealed"])
+        await _remove_document(block, parameters)
         if self._local_workers:
             await asyncio.to_thread(remove_job, block.workspace_root(), job.id)
         try:
@@ -303,13 +386,19 @@ class PrefectJobs(Jobs):
         open_runs = [run for run in runs if _key(run) not in self._ended]
         steps = await self._steps([run.id for run in open_runs])
         fetches = await self._fetches([run.id for run in open_runs if run.state and run.state.is_running()])
+        histories = {
+            run.id: history(await self._client.read_flow_run_states(run.id), steps.get(run.id, ()))
+            for run in open_runs
+            if run.run_count > 1 or _tries(run) is not None
+        }
         waiting = any(run.state is None or run.state.is_scheduled() for run in open_runs)
         environments = {state.offer.id: state for state in await self.environments()} if waiting else {}
         jobs: list[Job] = []
         for run in runs:
             job = self._ended.get(_key(run))
             if job is None:
-                job = _job_of(run, steps_of(steps.get(run.id, ()), of=run.state), fetches, environments)
+                current = steps_of(of_tries(steps.get(run.id, ()), 1 + (_tries(run) or 0)), of=run.state)
+                job = _job_of(run, current, fetches, environments, histories.get(run.id))
                 if job.ended:
                     # Not before: while stages are still publishing, indexes would shift under the consumer.
                     results = await self._results(job)
@@ -374,6 +463,38 @@ class PrefectJobs(Jobs):
             known = self._blocks_cache[None] = await load_environments(self._client)
         return known
 
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """
+        Restarting alone: of the calls to this instance one after the other, of several instances whoever comes first.
+
+        The slot is taken by hand: ``prefect.concurrency`` looks again only after some seconds when it is taken.
+
+        Raises:
+            NotReady: Another instance is at it.
+        """
+        async with self._restarting:
+            with suppress(ObjectAlreadyExists):
+                await self._client.create_global_concurrency_limit(
+                    GlobalConcurrencyLimitCreate(name=RESTARTS, limit=1, slot_decay_per_second=RESTART_DECAY)
+                )
+            try:
+                await self._client.increment_concurrency_slots([RESTARTS], slots=1, mode="concurrency")
+            except httpx.HTTPStatusError as fault:
+                if fault.response.status_code != httpx.codes.LOCKED:
+                    raise
+                raise NotReady("Another job is being restarted at this moment; try again in a moment.") from None
+            since = time.monotonic()
+            try:
+                yield
+            finally:
+                await self._client.release_concurrency_slots([RESTARTS], 1, time.monotonic() - since)
+
+    async def _check_shuts_in(self, block: ComputeEnvironment) -> None:
+        """Raises NotReady."""
+        if obstacle := await self._obstacle(block):
+            raise NotReady(f"This environment cannot shut an algorithm in, so it runs none: {obstacle}")
+
     async def _obstacle(self, block: ComputeEnvironment) -> str | None:
         if not self._local_workers or block.allow_unsandboxed:
             return None
@@ -414,6 +535,12 @@ class PrefectJobs(Jobs):
         return max((w.last_heartbeat_time for w in workers if w.last_heartbeat_time), default=None)
 
 
+async def _remove_document(block: ComputeEnvironment, parameters: Mapping[str, Any]) -> None:
+    """Delete the stored document of a run with these parameters, if it has one."""
+    if parameters.get("stored_in"):
+        await asyncio.to_thread(block.documents().delete_job, parameters["sealed"])
+
+
 def _key(run: FlowRun) -> tuple[UUID, UUID]:
     """A run in one state: what is known of an ended job holds until its state is another."""
     return run.id, run.state.id if run.state else run.id
@@ -428,27 +555,38 @@ def _chunks(ids: Sequence[UUID], size: int) -> Iterator[Sequence[UUID]]:
         yield ids[start : start + size]
 
 
+def _tries(run: FlowRun) -> int | None:
+    """How often a run had been begun when it was restarted last; None if it never was."""
+    tries: int | None = run.parameters["summary"].get("tries")
+    return tries
+
+
 def _job_of(
     run: FlowRun,
     steps: Steps,
     fetches: Mapping[tuple[UUID, str], Artifact],
     environments: Mapping[str, EnvironmentState],
+    past: Sequence[Transition] | None,
 ) -> Job:
+    """*steps* are those since the last restart. *past* is its whole history, for a run that was begun several times."""
     summary = run.parameters["summary"]
     status, stage = run_status(run.state, steps)
     state = run.state
     fetch = fetches.get((run.id, fetch_key(stage))) if stage is not None else None
+    if fetch is not None and fetch.task_run_id not in [step.id for step in steps.get(stage or 0, {}).values()]:
+        fetch = None  # of an earlier try
     final = state is not None and state.is_final()
     environment = summary["environments"][0]
     message = _told(state)
     created = _created(run)
-    history = [Transition(Status.WARMING_UP, created)]
-    # Prefect gives a start time also to a run that was cancelled before it began; such a one has run 0 times.
-    if run.start_time is not None and run.run_count:
-        history.append(Transition(Status.STARTED, run.start_time))
-    history.extend(transitions(steps))
-    if final and state is not None:
-        history.append(Transition(status, state.timestamp, None if status is Status.COMPLETED else stage))
+    if past is None:
+        past = [Transition(Status.WARMING_UP, created)]
+        # Prefect gives a start time also to a run that was cancelled before it began; such a one has run 0 times.
+        if run.start_time is not None and run.run_count:
+            past.append(Transition(Status.STARTED, run.start_time))
+        past.extend(transitions(steps))
+        if final and state is not None:
+            past.append(Transition(status, state.timestamp, None if status is Status.COMPLETED else stage))
     return Job(
         id=run.id.hex,
         owner=summary["owner"],
@@ -463,15 +601,18 @@ def _job_of(
         stage=stage,
         stages=len(summary["stages"]),
         progress=1.0 if status is Status.COMPLETED else _progress(steps, len(summary["stages"]), fetch),
-        history=tuple(history),
+        history=tuple(past),
         stop_request=stop_request(state, status),
         algorithm_did=summary["algorithm"],
         input_dids=tuple(summary["inputs"]),
+        # Runs made by earlier versions tell neither.
+        document_id=summary.get("document", ""),
+        whitelist=tuple(summary.get("whitelist", ())),
     )
 
 
 def _before_the_end(steps: Steps, run: FlowRun) -> Status:
-    return live_status(steps)[0] if run.run_count else Status.WARMING_UP
+    return live_status(steps)[0] if run.run_count > (_tries(run) or 0) else Status.WARMING_UP
 
 
 def _told(state: State[Any] | None) -> str:

@@ -35,6 +35,12 @@ def ended_state(status: Status, message: str) -> State[None]:
     return State(type=kind, name=TEXT[status], message=message)
 
 
+CACHED: Final = "Cached"
+"""Name that Prefect gives the state of a step whose result was there."""
+
+_PLAIN: Final = ("Completed", CACHED)
+"""Names of the states of steps that did what they were to do, now or in an earlier try; other names tell endings."""
+
 SKIPPED: Final = "Skipped"
 """Name of the state of a step whose turn never came, because one before it failed."""
 
@@ -60,6 +66,13 @@ def steps_of(task_runs: Iterable[TaskRun], *, of: State[Any] | None = None) -> S
         if found and not skipped and not lagging:
             steps.setdefault(int(found[1]), {})[Phase(found[2])] = run
     return steps
+
+
+def of_tries(task_runs: Iterable[TaskRun], first: int, last: int | None = None) -> list[TaskRun]:
+    """Those of *task_runs* that belong to the tries of their flow run from *first* to *last*, counted from 1."""
+    return [
+        run for run in task_runs if first <= run.flow_run_run_count and (last is None or run.flow_run_run_count <= last)
+    ]
 
 
 def outcomes(steps: Mapping[Phase, TaskRun]) -> list[tuple[Phase, Outcome]]:
@@ -117,7 +130,7 @@ def _ended_in(steps: Steps) -> int | None:
     odd = [
         index
         for index, stage in sorted(steps.items())
-        if any(run.state and run.state.is_final() and run.state.name != "Completed" for run in stage.values())
+        if any(run.state and run.state.is_final() and run.state.name not in _PLAIN for run in stage.values())
     ]
     return odd[0] if odd else (max(steps) if steps else None)
 
@@ -128,7 +141,9 @@ def transitions(steps: Steps) -> list[Transition]:
     """
     found: list[Transition] = []
     for index, stage in steps.items():
-        starts = {phase: run.start_time for phase, run in stage.items() if run.start_time is not None}
+        # Not those whose result was there from an earlier try: nothing was done then.
+        done_now = {phase: run for phase, run in stage.items() if run.state is None or run.state.name != CACHED}
+        starts = {phase: run.start_time for phase, run in done_now.items() if run.start_time is not None}
         provisioning = [at for phase, at in starts.items() if phase in (Phase.DATA, Phase.ALGORITHM)]
         if provisioning:
             found.append(Transition(Status.CONFIGURING, min(provisioning), index))
@@ -137,7 +152,7 @@ def transitions(steps: Steps) -> list[Transition]:
             for phase in (Phase.DATA, Phase.ALGORITHM)
             if (run := stage.get(phase)) and run.end_time and run.state and run.state.is_completed()
         ]
-        if len(done) == 2:
+        if len(done) == 2 and provisioning:
             found.append(Transition(Status.PROVISIONED, max(done), index))
         found.extend(
             Transition(status, starts[phase], index)
@@ -149,6 +164,33 @@ def transitions(steps: Steps) -> list[Transition]:
             if phase in starts
         )
     return sorted(found, key=lambda transition: (transition.at, transition.stage or 0))
+
+
+def history(states: Iterable[State[Any]], task_runs: Iterable[TaskRun]) -> list[Transition]:
+    """
+    What a flow run that was begun several times went through, from all *states* it has had and all its *task_runs*.
+
+    Every try begins with waiting; one that was restarted also ended before.
+    """
+    runs = list(task_runs)
+    found: list[Transition] = []
+    before = tries = 0  # begun before the last restart, and now
+    waits = False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.type is StateType.SCHEDULED and not waits:
+            found.append(Transition(Status.WARMING_UP, state.timestamp))
+            waits = True
+        elif state.type is StateType.RUNNING:
+            tries += 1
+            waits = False
+            found.append(Transition(Status.STARTED, state.timestamp))
+        elif state.is_final():
+            status, stage = run_status(state, steps_of(of_tries(runs, before + 1, tries), of=state))
+            found.append(Transition(status, state.timestamp, None if status is Status.COMPLETED else stage))
+            before, waits = tries, False
+    for n in range(1, tries + 1):
+        found.extend(transitions(steps_of(of_tries(runs, n, n))))
+    return sorted(found, key=lambda transition: transition.at)
 
 
 def stop_request(state: State | None, status: Status) -> StopRequest:

@@ -18,7 +18,15 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from blocks.environment import state_folder
 from cli.service import free_port
-from flows.errors import AgreementInUse, InvalidWorkflow, JobNotFound, NoSuchResult, NotReady
+from flows.errors import (
+    AgreementInUse,
+    InvalidParameter,
+    InvalidWorkflow,
+    JobNotFound,
+    NoSuchResult,
+    NotReady,
+    NotRestartable,
+)
 from flows.jobs import Job, JobQuery, Jobs, MemoryJobs
 from flows.prefect_jobs import PrefectJobs
 from flows.sealing import Seal, create_key_file
@@ -186,8 +194,10 @@ def large() -> str:
 async def test_each_selector(jobs: Jobs) -> None:
     """Id, agreement and owner each find what they name; together they must all hold."""
     owner = f"0x{uuid4().hex}AB"
-    first, second = [await jobs.submit(document(owner=owner)) for _ in range(2)]
+    inputs = [data("did:op:more", index=1), data("did:op:main", index=0)]
+    first, second = [await jobs.submit(document(owner=owner, input=inputs)) for _ in range(2)]
     stranger = await jobs.submit(document())
+    assert ("did:op:main", "") == (first.document_id, stranger.document_id)
     for query, found in (
         (JobQuery(job_id=first.id), [first]),
         (JobQuery(agreement_id=second.agreement_id), [second]),
@@ -201,6 +211,9 @@ async def test_each_selector(jobs: Jobs) -> None:
         (JobQuery(job_id=uuid4().hex), []),
         (JobQuery(agreement_id=first.agreement_id[:-1]), []),
         (JobQuery(owner=owner[:-1]), []),
+        (JobQuery(document_id="did:op:main", owner=owner), [first, second]),
+        (JobQuery(document_id="did:op:main", agreement_id=first.agreement_id), [first]),
+        (JobQuery(document_id="did:op:more", owner=owner), []),
     ):
         assert [job.id for job in found] == [job.id for job in await jobs.find(query)], query
 
@@ -226,7 +239,7 @@ async def test_agreements_are_any_text(jobs: Jobs, agreement: str) -> None:
 async def test_nothing_named_is_nothing_found(jobs: Jobs) -> None:
     """A query that names nothing finds, stops and deletes nothing; it never means every job."""
     job = await jobs.submit(document())
-    for query in (JobQuery(), JobQuery(job_id="", agreement_id="", owner="")):
+    for query in (JobQuery(), JobQuery(job_id="", agreement_id="", owner="", document_id="")):
         assert ([], [], []) == (await jobs.find(query), await jobs.stop(query), await jobs.delete(query))
     assert job == await only(jobs.find(by_id(job)))
 
@@ -288,6 +301,96 @@ async def test_only_what_matches_is_stopped(jobs: Jobs) -> None:
     assert [Status.STOPPED] * 2 == [job.status for job in await jobs.stop(JobQuery(owner=owner.upper()))]
     assert Status.WARMING_UP is (await only(jobs.find(by_id(stranger)))).status
     assert {first.id, second.id}.isdisjoint(job.id for job in await jobs.running())
+
+
+# Restarting.
+
+
+async def test_a_stopped_job_waits_again(jobs: Jobs) -> None:
+    """It has its id, its names and its past, and is otherwise as one that was just taken in."""
+    wanted = document(input=[data("did:op:a")])
+    job = await jobs.submit(wanted)
+    stopped = await only(jobs.stop(by_id(job)))
+    queued = await jobs.restart(job.id)
+    assert (Status.WARMING_UP, None, False, 0) == (queued.status, queued.finished, queued.ended, queued.stop_request)
+    assert (job.id, job.created, job.input_dids, ()) == (queued.id, queued.created, queued.input_dids, queued.results)
+    assert "waiting" in queued.reason
+    expected = [Status.WARMING_UP, Status.STOPPED, Status.WARMING_UP]
+    assert expected == [transition.status for transition in queued.history]
+    assert stopped.history[-1].at == queued.history[1].at
+    assert queued == await only(jobs.find(by_id(job))) == await jobs.submit(wanted)
+    assert job.id in [each.id for each in await jobs.running()]
+
+
+async def test_a_restarted_job_is_stopped_and_deleted_like_any_other(jobs: Jobs) -> None:
+    """Nothing of its first life stands in the way of the end of its second."""
+    job = await jobs.submit(document())
+    await jobs.stop(by_id(job))
+    await jobs.restart(job.id)
+    stopped = await only(jobs.stop(by_id(job)))
+    assert (Status.STOPPED, Status.WARMING_UP, 1) == (stopped.status, stopped.stopped_in, stopped.stop_request)
+    assert 2 == [transition.status for transition in stopped.history].count(Status.STOPPED)
+    await jobs.restart(job.id)
+    await jobs.delete(by_id(job))
+    assert [] == await jobs.find(by_id(job))
+
+
+async def test_restarts_at_once_are_one(jobs: Jobs) -> None:
+    """One of them restarts the job; to the others it is a job that is going already."""
+    job = await jobs.submit(document())
+    await jobs.stop(by_id(job))
+    answers = await asyncio.gather(*(jobs.restart(job.id) for _ in range(4)), return_exceptions=True)
+    assert [Job] == [type(answer) for answer in answers if not isinstance(answer, NotRestartable)]
+    history = (await only(jobs.find(by_id(job)))).history
+    assert 2 == [transition.status for transition in history].count(Status.WARMING_UP)
+
+
+async def test_what_cannot_be_restarted(jobs: Jobs) -> None:
+    """A job that waits is going already, and one that nobody knows cannot be restarted; each says so."""
+    job = await jobs.submit(document())
+    with pytest.raises(NotRestartable, match="still going"):
+        await jobs.restart(job.id)
+    assert job == await only(jobs.find(by_id(job)))
+    with pytest.raises(JobNotFound):
+        await jobs.restart(uuid4().hex)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+async def test_a_restart_with_another_document(jobs: Jobs, size: str) -> None:
+    """The new document takes the place of the old one, for whoever repeats it and for whoever reads the job."""
+    filling = large() if size == "large" else ""
+    first = document(rawcode=f"# 1 {filling}", input=[data("did:op:a")])
+    job = await jobs.submit(first)
+    await jobs.stop(by_id(job))
+    second = document(
+        agreement=job.agreement_id,
+        owner=job.owner.upper(),
+        rawcode=f"# 2 {filling}",
+        input=[data("did:op:b")],
+        output={"whitelist": ["0xAB"]},
+    )
+    queued = await jobs.restart(job.id, second)
+    assert (("did:op:b",), "did:op:b", ("0xab",)) == (queued.input_dids, queued.document_id, queued.whitelist)
+    assert queued == await jobs.submit(second)
+    assert [queued] == await jobs.find(JobQuery(document_id="did:op:b", owner=job.owner))
+    assert [] == await jobs.find(JobQuery(document_id="did:op:a", owner=job.owner))
+    with pytest.raises(AgreementInUse):
+        await jobs.submit(first)
+    await jobs.delete(by_id(job))
+
+
+async def test_a_restart_with_a_document_that_will_not_do(jobs: Jobs) -> None:
+    """One that cannot be run, or is another's or another job's, is refused, and the job stays as it ended."""
+    job = await jobs.submit(document())
+    stopped = await only(jobs.stop(by_id(job)))
+    for refused, error in (
+        (document(agreement=job.agreement_id, owner=job.owner, rawcode=""), InvalidWorkflow),
+        (document(owner=job.owner), InvalidParameter),
+        (document(agreement=job.agreement_id), InvalidParameter),
+    ):
+        with pytest.raises(error):
+            await jobs.restart(job.id, refused)
+    assert stopped == await only(jobs.find(by_id(job)))
 
 
 # Deleting.
@@ -443,6 +546,15 @@ async def test_nothing_is_left_of_large_documents(prefect_jobs: PrefectJobs) -> 
     with pytest.raises(AgreementInUse):
         await prefect_jobs.submit(document(agreement=job.agreement_id, rawcode=f"{large()}#"))
     assert 1 == len(files() - before)
+    await prefect_jobs.stop(by_id(job))
+    for refused in (document(), document(agreement=job.agreement_id, rawcode=f"{large()}#")):
+        with pytest.raises(InvalidParameter):
+            await prefect_jobs.restart(job.id, refused)
+    await prefect_jobs.restart(job.id, document(agreement=job.agreement_id, owner=job.owner, rawcode=f"{large()}#"))
+    assert 1 == len(files() - before)
+    await prefect_jobs.stop(by_id(job))
+    await prefect_jobs.restart(job.id, document(agreement=job.agreement_id, owner=job.owner))
+    assert before == files()
     await prefect_jobs.delete(by_id(job))
     assert before == files()
 
