@@ -74,7 +74,8 @@ def create_app(settings: Settings, broker: Broker) -> FastAPI:
                 # Else the documentation names a call by its endpoint's name, in title case.
                 route.summary = route.description.split(".")[0].split("; ")[0]
         app.include_router(router, responses=_faults(router))
-    app.openapi = _described(app)  # type: ignore[method-assign] - as FastAPI's own documentation has it
+    # As FastAPI's own documentation does it.
+    app.openapi = _described(app)  # type: ignore[method-assign]
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_unroutable)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from blocks.remote import Access, Unreachable, remotes
 from pydantic import ValidationError
 
 from blocks.assets import Asset, AssetMalformed, AssetService, AssetWithheld, Container
@@ -22,6 +21,7 @@ from blocks.chain import Chain, ChainUnavailable, Order, OrderInvalid, did_of
 from blocks.files import BadFile, BadParameters, File, parse_file
 from blocks.keys import FilesUnavailable, Lack, ProviderKey, files_of
 from blocks.limits import FetchLimits, Offer
+from blocks.remote import Access, Unreachable, remotes
 from flows.errors import AssetRefused, InvalidParameter, NotReady, UnknownEnvironment
 from flows.jobs import Jobs
 from flows.trust import algorithm_refusal, consumer_may, container_checksum, container_refusal, files_checksum

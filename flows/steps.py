@@ -24,7 +24,7 @@ from flows.plan import Plan, PlannedStage
 from flows.status import Phase
 from tasks.workspace import Workspace, remove, stage_workspace, steps_folder
 
-_ALGORITHM: Final = frozenset({"algorithm_id", "algorithm_url", "rawcode", "container", "variables", "limits"})
+_ALGORITHM: Final = frozenset({"algorithm_id", "algorithm_file", "rawcode", "container", "variables", "limits"})
 _PUBLICATION: Final = frozenset({"publish_output", "publish_algorithm_log"})
 _DATA: Final = frozenset({"inputs", "custom_data"})
 

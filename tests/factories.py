@@ -76,6 +76,11 @@ def result(filename: str, body: bytes, kind: str = "output", media_type: str = "
 _clock: Final = count(1_700_000_000_000)
 
 
+def next_nonce() -> int:
+    """Greater than all before it."""
+    return next(_clock)
+
+
 def sign(key: LocalAccount, message: str) -> str:
     """In the Provider's scheme."""
     signed = key.sign_message(encode_defunct(primitive=keccak(text=message)))

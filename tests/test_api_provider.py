@@ -19,7 +19,7 @@ from blocks.keys import ProviderKey
 from blocks.limits import FetchLimits, Offer
 from flows.status import Status
 from tests import factories
-from tests.factories import ADMIN, Client, consumer_signed, sign
+from tests.factories import ADMIN, Client, consumer_signed, next_nonce, sign
 from tests.file_server import FileServer
 
 ALICE: LocalAccount = Account.from_key(b"\x0a" * 32)
@@ -39,25 +39,28 @@ def did(name: str) -> str:
 
 def dataset(name: str, **more: Any) -> dict[str, Any]:
     """An asset as its owner writes it into the catalogue: raw code allowed, computing only."""
-    compute = {"allowRawAlgorithm": True, **more.pop("compute", {})}
-    return {
-        "id": did(name),
-        "name": name,
-        "type": "dataset",
-        "files": more.pop("files", ["https://example.com/data.csv"]),
-        "compute": compute,
-        **more,
-    }
+    asset: dict[str, Any] = {"id": did(name), "name": name, "type": "dataset"}
+    if "services" not in more:
+        compute = {"allowRawAlgorithm": True, **more.pop("compute", {})}
+        asset |= {"files": more.pop("files", ["https://example.com/data.csv"]), "compute": compute}
+    return asset | more
 
 
 def algorithm(name: str, **more: Any) -> dict[str, Any]:
+    container = {**CONTAINER, **more.pop("container", {})}
+    asset: dict[str, Any] = {"id": did(name), "name": name, "type": "algorithm", "container": container}
+    return asset | ({} if "services" in more else {"files": ["https://example.com/algorithm.py"]}) | more
+
+
+def ddo(name: str, **service: Any) -> dict[str, Any]:
+    """A complete document, which is taken as it is, with one service for computing."""
     return {
+        "@context": ["https://w3id.org/did/v1"],
         "id": did(name),
+        "version": "4.1.0",
         "name": name,
-        "type": "algorithm",
-        "files": more.pop("files", ["https://example.com/algorithm.py"]),
-        "container": {**CONTAINER, **more.pop("container", {})},
-        **more,
+        "metadata": {"type": "dataset", "name": name},
+        "services": [{"id": "s", "type": "compute", "files": ["https://example.com/x"], **service}],
     }
 
 
@@ -283,7 +286,7 @@ def test_delete_without_a_job_named_is_refused(house: House) -> None:
 def test_a_stop_whose_nonce_is_sent_but_not_signed(house: House) -> None:
     """As a widespread client signs it. It can be repeated by nobody else, since its nonce has to grow, too."""
     job_id = house.started()
-    nonce = str(time.time_ns())
+    nonce = str(next_nonce())
     body = {"consumerAddress": ALICE.address, "jobId": job_id, "nonce": nonce, "agreementId": ""}
     body["signature"] = sign(ALICE, f"{ALICE.address}{job_id}")
     answer = house.client.put(f"{SERVICES}/compute", json=body)
@@ -294,10 +297,11 @@ def test_a_stop_whose_nonce_is_sent_but_not_signed(house: House) -> None:
 
 def test_a_delete_whose_nonce_is_signed_but_not_sent(house: House) -> None:
     """As the same client signs that: the next one after the last."""
-    job_id = house.started()
-    last = house.client.get(f"{SERVICES}/nonce", params={"userAddress": ALICE.address}).json()["nonce"]
-    body = {"consumerAddress": ALICE.address, "jobId": job_id, "documentId": did("data")}
-    body["signature"] = sign(ALICE, f"{ALICE.address}{job_id}{did('data')}{last + 1}")
+    erin: LocalAccount = Account.from_key(b"\x0e" * 32)
+    job_id = house.started(erin)
+    last = house.client.get(f"{SERVICES}/nonce", params={"userAddress": erin.address}).json()["nonce"]
+    body = {"consumerAddress": erin.address, "jobId": job_id, "documentId": did("data")}
+    body["signature"] = sign(erin, f"{erin.address}{job_id}{did('data')}{last + 1}")
     assert [8] == [job["status"] for job in house.client.delete(f"{SERVICES}/compute", json=body).json()]
     assert 400 == house.client.delete(f"{SERVICES}/compute", json=body).status_code
 
@@ -321,7 +325,7 @@ def test_a_job_that_ended_badly_is_started_again_under_its_id(house: House) -> N
 
 def test_a_token_stands_for_signatures_until_it_is_deleted(house: House) -> None:
     """It is the address's own; deleted, it is good for nothing."""
-    nonce = time.time_ns()
+    nonce = next_nonce()
     query = {
         "address": ALICE.address,
         "expiration": int(time.time()) + 600,
@@ -345,7 +349,7 @@ def test_a_token_stands_for_signatures_until_it_is_deleted(house: House) -> None
 @pytest.mark.parametrize("expiration", [0, int(time.time()) - 1, int(time.time()) + 400 * 86_400])
 def test_a_token_lives_neither_in_the_past_nor_for_ever(house: House, expiration: int) -> None:
     """The field is named."""
-    nonce = time.time_ns()
+    nonce = next_nonce()
     query = {"address": ALICE.address, "expiration": expiration, "nonce": nonce}
     query["signature"] = sign(ALICE, f"{ALICE.address}{nonce}")
     answer = house.client.get(f"{SERVICES}/createAuthToken", params=query)
@@ -371,7 +375,7 @@ def test_the_nonce_told_can_be_counted_on(house: House) -> None:
 def test_codes_of_data_sets(house: House) -> None:
     """In the words of the original, by the part of the request."""
     house.offer(
-        dataset("odd", services=[{"id": "s", "type": "wonder", "files": ["https://example.com/x"]}]),
+        ddo("odd", type="wonder"),
         dataset("download", services=[{"id": "s", "type": "access", "files": ["https://example.com/x"]}]),
         dataset("closed", deny=[ALICE.address]),
         dataset("foreign", services=[{"id": "s", "type": "compute", "files": "0x" + "ab" * 200}]),
@@ -442,7 +446,9 @@ def test_trust_rules_of_a_data_set(house: House, file_server: FileServer) -> Non
     house.offer(dataset("data", compute={"allowRawAlgorithm": False}))
     assert {"dataset": "no_raw_algo_allowed"} == house.refused(algorithm=raw)
     assert {"dataset": "not_trusted_algo"} == rules(publisherTrustedAlgorithms=[{"did": did("other")}])
-    assert {"dataset": "no_publisherTrustedAlgorithms"} == rules(publisherTrustedAlgorithms=[{"filesChecksum": "x"}])
+    house.offer(ddo("nameless", compute={"publisherTrustedAlgorithms": [{"filesChecksum": "x"}]}))
+    nameless = house.refused(dataset={"documentId": did("nameless"), "serviceId": "s"}, algorithm=published)
+    assert {"dataset": "no_publisherTrustedAlgorithms"} == nameless
     assert {"dataset": "not_trusted_algo_publisher"} == rules(publisherTrustedAlgorithmPublishers=[CAROL.address])
     assert 200 == rules(publisherTrustedAlgorithmPublishers=[BOB.address])
     wrong = {"did": did("algo"), "filesChecksum": "00" * 32}
@@ -522,7 +528,7 @@ def test_a_file_is_downloaded_where_its_owner_offers_that(house: House, file_ser
     house.offer(dataset("open", services=[{"id": "s", "type": "access", "files": [url]}]), dataset("data", files=[url]))
 
     def fetch(name: str, service: str, index: int = 0) -> Any:
-        nonce = time.time_ns()
+        nonce = next_nonce()
         query = {
             "consumerAddress": ALICE.address,
             "documentId": did(name),
