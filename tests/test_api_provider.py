@@ -60,7 +60,9 @@ def ddo(name: str, **service: Any) -> dict[str, Any]:
         "version": "4.1.0",
         "name": name,
         "metadata": {"type": "dataset", "name": name},
-        "services": [{"id": "s", "type": "compute", "files": ["https://example.com/x"], **service}],
+        "services": [
+            {"id": "s", "type": "compute", "files": [{"type": "url", "url": "https://example.com/x"}], **service}
+        ],
     }
 
 
