@@ -207,7 +207,7 @@ def test_a_call_that_is_refused_leaves_the_nonce(house: House) -> None:
 
 
 def test_status_unsigned_has_no_url(house: House) -> None:
-    """Names and sizes only for who knows the job's id; the owner, signed, sees links that work."""
+    """Names and sizes only for who knows the job's id; the owner, signed, sees links that work; an admin also logs."""
     job_id = house.started()
     house.client.jobs.publish(
         job_id,
@@ -229,8 +229,9 @@ def test_status_unsigned_has_no_url(house: House) -> None:
     assert b"log" == house.client.get(job["algorithmLogUrl"]).content
     assert "configuration.log" not in json.dumps(job)
     signed = consumer_signed(ADMIN, job_id)
-    seen = house.client.get(f"{SERVICES}/compute", params={**signed, "jobId": job_id}).json()
-    assert [] == seen, "an admin is no owner; it names only the job"
+    (seen,) = house.client.get(f"{SERVICES}/compute", params={**signed, "jobId": job_id}).json()
+    (log,) = [result for result in seen["results"] if result["type"] == "configrationLog"]
+    assert b"secret" == house.client.get(log["url"]).content
 
 
 def test_results_are_for_the_owner_and_the_whitelist(house: House) -> None:
