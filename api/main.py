@@ -64,6 +64,7 @@ async def created(settings: Settings) -> AsyncIterator[FastAPI]:
                 chains={config.id: config.rpc.get_secret_value() for config in settings.chains},
             ),
             deny_unlisted=settings.deny_unlisted_algorithms,
+            default_environment=settings.default_environment,
             metadata_url=str(settings.metadata_store or "").rstrip("/"),
         )
         yield create_app(settings, broker)

@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     keystore_password_file: Path | None = None
     deny_unlisted_algorithms: bool = False
     """A data set that lists no trusted algorithms and publishers allows none, instead of any that is published."""
+    default_environment: str = ""
+    """Where jobs of the Provider's and Brizo's dialects run that name none; needless where there is only one."""
     environments_by_chain: bool = False
     """``computeEnvironments`` answers an object keyed by chain id, as some clients of the Provider expect."""
     networks: Networks = ()

@@ -100,6 +100,7 @@ class Broker:
         limits, access: How this process itself may fetch, to look at files and to hand them on.
         deny_unlisted: A data set that names no trusted algorithms and publishers allows none, instead of any.
         metadata_url: Where remote assets can be looked up by a worker.
+        default_environment: Where jobs run whose consumers name no environment, or cannot.
     """
 
     jobs: Jobs
@@ -110,6 +111,7 @@ class Broker:
     access: Access = field(default_factory=Access)
     deny_unlisted: bool = False
     metadata_url: str = ""
+    default_environment: str = ""
     now: Callable[[], float] = time.time
 
     async def offers(self) -> dict[str, Offer]:
@@ -119,12 +121,13 @@ class Broker:
 
     async def offer(self, name: str) -> Offer:
         """
-        The environment *name*, or the only one there is.
+        The environment *name*; without one the default, or the only one there is.
 
         Raises:
             UnknownEnvironment, InvalidParameter: None is named and there are several.
         """
         offers = await self.offers()
+        name = name or self.default_environment
         if not name:
             if len(offers) != 1:
                 raise InvalidParameter(f"environment: name one of {', '.join(sorted(offers))}")
