@@ -360,6 +360,9 @@ def test_a_job_survives_the_kill_of_its_service(mended: Mended) -> None:
     """At the next start, which says so, it goes on, the third time in its life, and ends."""
     assert "1 job(s) that were in flight go on" in mended.ended.text
     assert COMPLETED == mended.job["status"], mended.job["reason"]
+    # Its algorithm had been fetched the first time, and has never ended before.
+    seen = [passed["status"] for passed in mended.job["history"]]
+    assert (1, 3) == (seen.count(20), seen.count(RUNNING))
 
 
 def test_a_killed_worker_is_replaced_and_its_job_runs_once_more_but_never_twice_at_once(mended: Mended) -> None:
