@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -300,9 +299,6 @@ _EXPECTED: Final = {
 SHOWN: Final = 100
 """Rows of an artifact: for people. All of them are in the job's logs."""
 
-ENDING: Final = 10.0
-"""Seconds the steps of a stopped job have to end: less than a worker gives its process."""
-
 Futures = Mapping[str, PrefectFuture[Any]]
 
 
@@ -362,10 +358,10 @@ def run_plan(
         # A stop arrives here, as what SIGTERM raises. Prefect then waits for the threads of the tasks, so those
         # have to end.
         stop.set()
-        # And whoever called us looks at what they leave.
-        deadline = time.monotonic() + ENDING
+        # So do we, because whoever called us tidies up what they leave: a result that is remembered after that would
+        # have no files. A thread that does not end is ended with the process, and then the next try tidies up.
         for future in futures.values():
-            future.wait(timeout=max(0.0, deadline - time.monotonic()))
+            future.wait()
         raise
     results = [_stage_result(stage, futures) for stage in plan.stages]
     return next((result for result in results if result is not None and not result.ok), StageResult(Status.COMPLETED))

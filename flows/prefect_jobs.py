@@ -386,10 +386,10 @@ class PrefectJobs(Jobs):
         open_runs = [run for run in runs if _key(run) not in self._ended]
         steps = await self._steps([run.id for run in open_runs])
         fetches = await self._fetches([run.id for run in open_runs if run.state and run.state.is_running()])
+        repeated = [run.id for run in open_runs if run.run_count > 1 or _tries(run) is not None]
+        states = await asyncio.gather(*(self._client.read_flow_run_states(run_id) for run_id in repeated))
         histories = {
-            run.id: history(await self._client.read_flow_run_states(run.id), steps.get(run.id, ()))
-            for run in open_runs
-            if run.run_count > 1 or _tries(run) is not None
+            run_id: history(seen, steps.get(run_id, ())) for run_id, seen in zip(repeated, states, strict=True)
         }
         waiting = any(run.state is None or run.state.is_scheduled() for run in open_runs)
         environments = {state.offer.id: state for state in await self.environments()} if waiting else {}

@@ -278,6 +278,75 @@ def test_environments_are_listed_in_both_spellings(local: Client) -> None:
     assert float(small["lastSeen"]) > 1_700_000_000
 
 
+# -- Restart
+
+
+def test_a_stopped_job_is_restarted_by_its_id(local: Client) -> None:
+    """POST with the id alone: /compute answers the status of the same job, waiting again, and /init its id."""
+    job_id = local.started()
+    (stopped,) = local.put(COMPUTE, params={"jobId": job_id}).json()
+    (job,) = local.post(COMPUTE, json={"jobId": job_id}).json()
+    assert (job_id, 1, None, 0) == (job["jobId"], job["status"], job["dateFinished"], job["stopreq"])
+    assert stopped["dateCreated"] == job["dateCreated"]
+    local.put(COMPUTE, params={"jobId": job_id})
+    assert job_id == local.post(INIT, json={"jobId": job_id, "owner": OWNER.lower(), "agreementId": "111"}).text
+
+
+def test_a_job_is_restarted_with_another_document(local: Client) -> None:
+    """In the outer key or posted as it is."""
+    job_id = local.started()
+    changed = workflow(stages=[stage(input=[])])
+    for body in ({"workflow": changed, "jobId": job_id}, {**changed, "jobId": job_id}):
+        local.put(COMPUTE, params={"jobId": job_id})
+        assert job_id == local.post(INIT, json=body).text
+        assert () == local.job(job_id).input_dids
+
+
+def test_a_job_that_goes_on_or_is_completed_is_not_restarted(local: Client) -> None:
+    """409, and what can be done instead."""
+    job_id = local.started()
+    going = local.post(COMPUTE, json={"jobId": job_id})
+    assert 409 == going.status_code and "stop it, or wait" in going.json()["error"]
+    local.jobs.move(job_id, Status.COMPLETED)
+    completed = local.post(COMPUTE, json={"jobId": job_id})
+    assert 409 == completed.status_code and "another agreement" in completed.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "text"),
+    [
+        ({"jobId": UNKNOWN}, 404, f"No job {UNKNOWN}"),
+        ({"owner": "0x2"}, 404, "No job"),
+        ({"agreementId": "112"}, 404, "No job"),
+        ({"workflow": workflow(owner="0x2")}, 404, "No job"),
+        ({"workflow": workflow(agreementId="112")}, 400, "agreementId: a job is restarted under its own agreement"),
+        ({"workflow": workflow(stages=[])}, 400, "Missing stages"),
+    ],
+    ids=["id", "owner", "agreement", "owner inside", "agreement inside", "document"],
+)
+def test_a_restart_that_names_something_else_is_refused(
+    local: Client, change: dict[str, Any], code: int, text: str
+) -> None:
+    """The job stays as it ended. To who names another owner there is no such job, as in any other call."""
+    job_id = local.started()
+    local.put(COMPUTE, params={"jobId": job_id})
+    answer = local.post(COMPUTE, json={"jobId": job_id, **change})
+    assert code == answer.status_code
+    assert answer.json()["error"].startswith(text)
+    assert Status.STOPPED is local.job(job_id).status
+
+
+def test_a_restart_is_signed_over_the_job_too(listed: Client) -> None:
+    """owner + jobId + nonce, as every call that names a job."""
+    job_id = listed.started()
+    named = {"owner": OWNER, "jobId": job_id}
+    listed.put(COMPUTE, json=named | signed(PROVIDER, OWNER, job_id))
+    refused = listed.post(COMPUTE, json=named | signed(PROVIDER, OWNER))
+    assert 403 == refused.status_code
+    (job,) = listed.post(COMPUTE, json=named | signed(PROVIDER, OWNER, job_id)).json()
+    assert 1 == job["status"]
+
+
 # -- Refusals, in the words of the original
 
 
@@ -301,10 +370,8 @@ def test_environments_are_listed_in_both_spellings(local: Client) -> None:
             "agreementId: the one in the workflow and the one beside it differ",
         ),
         ({"workflow": workflow(), "owner": "0x2"}, "owner: the one in the workflow and the one beside it differ"),
-        (
-            {"workflow": workflow(), "jobId": UNKNOWN},
-            "jobId: a job that has ended cannot be restarted; leave jobId out for a new one",
-        ),
+        ({"workflow": workflow(), "jobId": "1"}, "jobId must be 32 hexadecimal digits"),
+        ({"workflow": workflow(), "jobId": ""}, "jobId must be 32 hexadecimal digits"),
         ({"workflow": [1]}, "workflow: Input should be a valid dictionary"),
     ],
 )

@@ -496,11 +496,16 @@ def test_environments_are_listed(consumer: Consumer) -> None:
 
 
 def test_finished_jobs_leave_no_workspace(consumer: Consumer, service: Service, jobs: Mapping[str, str]) -> None:
-    """What a job fetched and made is gone with its end; results are in the store alone."""
-    for job_id in jobs.values():
-        consumer.wait(job_id)
+    """
+    What a job fetched and made is gone with its completion; results are in the store alone. One that failed keeps what
+    a restart can use, and nothing that its algorithm wrote.
+    """
+    ended = {job_id: consumer.wait(job_id) for job_id in jobs.values()}
     left = {path.name for path in (service.state / "work").iterdir()}
-    assert not left & set(jobs.values())
+    assert {job_id for job_id, job in ended.items() if job["status"] == 70}.isdisjoint(left)
+    kept = service.state / "work" / jobs["too much disk"] / "0"
+    assert {"inputs", "ddos", "transformations"} == {path.name for path in (kept / "data").iterdir()}
+    assert not (kept / "algorithm.log").exists()
 
 
 def test_no_secret_is_anywhere(consumer: Consumer, service: Service, jobs: Mapping[str, str]) -> None:

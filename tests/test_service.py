@@ -327,7 +327,7 @@ def test_ctrl_c_ends_everything(interrupted: Interrupted) -> None:
     assert "Traceback" not in ended.text
 
 
-def test_a_job_in_flight_begins_anew_at_the_next_start(resumed: Resumed) -> None:
+def test_a_job_in_flight_goes_on_at_the_next_start(resumed: Resumed) -> None:
     """It runs to its end, under the same id."""
     assert COMPLETED == resumed.jobs["running"]["status"], resumed.jobs["running"]["reason"]
 
@@ -357,13 +357,16 @@ def test_nothing_outlives_a_service_that_is_killed(killed: Killed) -> None:
 
 
 def test_a_job_survives_the_kill_of_its_service(mended: Mended) -> None:
-    """At the next start, which says so, it begins anew, the third time in its life, and ends."""
-    assert "1 job(s) that were in flight begin anew" in mended.ended.text
+    """At the next start, which says so, it goes on, the third time in its life, and ends."""
+    assert "1 job(s) that were in flight go on" in mended.ended.text
     assert COMPLETED == mended.job["status"], mended.job["reason"]
+    # Its algorithm had been fetched the first time, and has never ended before.
+    seen = [passed["status"] for passed in mended.job["history"]]
+    assert (1, 3) == (seen.count(20), seen.count(RUNNING))
 
 
 def test_a_killed_worker_is_replaced_and_its_job_runs_once_more_but_never_twice_at_once(mended: Mended) -> None:
-    """What the worker left behind is ended before its job begins anew: both would write in one folder."""
+    """What the worker left behind is ended before its job goes on: both would write in one folder."""
     job = mended.job_of_killed_worker
     assert (COMPLETED, 0) == (job["status"], mended.algorithms_left), job["reason"]
     assert "worker-c2d once more, since it was ended by SIGKILL" in mended.ended.text
@@ -375,7 +378,7 @@ def test_a_killed_api_is_replaced(mended: Mended) -> None:
 
 
 def test_a_killed_prefect_server_is_replaced_with_all_that_relies_on_it(mended: Mended) -> None:
-    """A job that ran meanwhile begins anew and ends."""
+    """A job that ran meanwhile goes on and ends."""
     assert COMPLETED == mended.job_of_killed_server["status"], mended.job_of_killed_server["reason"]
     assert "prefect-server once more, since it was ended by SIGKILL" in mended.ended.text
 

@@ -23,7 +23,16 @@ from prefect.states import (
 )
 
 from flows.jobs import StopRequest, Transition
-from flows.states import ended_state, live_status, run_status, steps_of, stop_request, transitions
+from flows.states import (
+    ended_state,
+    history,
+    live_status,
+    of_tries,
+    run_status,
+    steps_of,
+    stop_request,
+    transitions,
+)
 from flows.status import TERMINAL, Phase, Status
 
 AnyState = State[Any]
@@ -322,3 +331,77 @@ def test_prefect_has_no_state_we_do_not_know() -> None:
     for kind in StateType:
         steps = steps_of([task_run("0/run", State(type=kind))])
         assert run_status(Running(), steps)[0] in (Status.STARTED, Status.RUNNING)
+
+
+# Several tries.
+
+
+def of_try(number: int, *runs: TaskRun) -> list[TaskRun]:
+    return [run.model_copy(update={"flow_run_run_count": number}) for run in runs]
+
+
+def stated(state: AnyState, seconds: float) -> AnyState:
+    return state.model_copy(update={"timestamp": at(seconds)})
+
+
+def test_a_step_that_was_found_done_counts_as_done_and_not_as_done_again() -> None:
+    """``Cached`` is Prefect's name for it: no odd ending, no status that the job has had."""
+    cached = [task_run(f"0/{phase}", Completed(name="Cached"), start=1, end=1) for phase in Phase]
+    failing = task_run("1/provision-data", Failed(name="Input unreachable"), start=2, end=3)
+    steps = steps_of([*cached, failing])
+    assert (Status.DATA_FAILED, 1) == run_status(ended_state(Status.DATA_FAILED, "no"), steps)
+    assert [(Status.CONFIGURING, 1)] == [(passed.status, passed.stage) for passed in transitions(steps)]
+
+
+def test_only_the_tries_that_are_asked_for() -> None:
+    """A task run bears the number of the try it belongs to; one that has not begun bears none."""
+    runs = [*of_try(0, task_run("0/run", Pending())), *of_try(1, *finished()), *of_try(2, *finished(1))]
+    assert {0, 1} == set(steps_of(of_tries(runs, 1)))
+    assert {1} == set(steps_of(of_tries(runs, 2)))
+    assert {0} == set(steps_of(of_tries(runs, 1, 1)))
+
+
+def test_the_history_of_a_job_that_was_cut_off_and_restarted() -> None:
+    """Every try tells what it did: one that a crash cut off, one that failed, and the restart, which waits twice."""
+    states = [
+        stated(Scheduled(), 0),
+        stated(Pending(), 1),
+        stated(Running(), 2),
+        stated(AwaitingRetry(), 5),
+        stated(Running(), 6),
+        stated(ended_state(Status.ALGORITHM_FAILED, "gone"), 9),
+        stated(Scheduled(), 20),
+        stated(Late(), 21),
+        stated(Cancelled(), 25),
+        stated(Scheduled(), 30),
+        stated(Running(), 31),
+        stated(ended_state(Status.COMPLETED, ""), 40),
+    ]
+    runs = [
+        *of_try(1, task_run("0/provision-data", Running(), start=3)),
+        *of_try(2, task_run("0/provision-data", Completed(), start=7, end=8)),
+        *of_try(2, task_run("0/provision-algorithm", Failed(), start=7, end=8)),
+        *of_try(3, task_run("0/provision-data", Completed(name="Cached"), start=32, end=32)),
+        *of_try(3, task_run("0/provision-algorithm", Completed(), start=32, end=33)),
+        *of_try(3, task_run("0/run", Completed(), start=34, end=35)),
+    ]
+    assert [
+        (Status.WARMING_UP, 0, None),
+        (Status.STARTED, 2, None),
+        (Status.CONFIGURING, 3, 0),
+        (Status.WARMING_UP, 5, None),
+        (Status.STARTED, 6, None),
+        (Status.CONFIGURING, 7, 0),
+        (Status.ALGORITHM_FAILED, 9, 0),
+        (Status.WARMING_UP, 20, None),
+        (Status.STOPPED, 25, None),
+        (Status.WARMING_UP, 30, None),
+        (Status.STARTED, 31, None),
+        (Status.CONFIGURING, 32, 0),
+        (Status.PROVISIONED, 33, 0),
+        (Status.RUNNING, 34, 0),
+        (Status.COMPLETED, 40, None),
+    ] == [
+        (passed.status, (passed.at - START).total_seconds(), passed.stage)
+        for passed in history(reversed(states), reversed(runs))
+    ]

@@ -85,6 +85,21 @@ def test_an_empty_file_is_kept(store: ResultStore) -> None:
     assert list(store.stream(JOB, "empty")) == []
 
 
+def test_results_of_single_stages_can_be_taken_back(store: ResultStore) -> None:
+    """What the others have published stays; nothing to take back is no error."""
+    store.retract(JOB, [0])
+    assert frozenset() == store.stages(JOB)
+    for stage in (0, 1, 10):
+        store.put_bytes(JOB, f"{stage}/output/a", b"a")
+        store.publish_manifest(JOB, stage, manifest(file("a", stage=stage)))
+    assert {0, 1, 10} == store.stages(JOB)
+    store.retract(JOB, [10])
+    assert {10} == store.stages(JOB)
+    assert [False, False, True] == [store.exists(JOB, f"{stage}/output/a") for stage in (0, 1, 10)]
+    store.retract(JOB, [])
+    assert store.manifest(JOB) is None and not store.exists(JOB, "10/output/a")
+
+
 def test_a_repeat_replaces(store: ResultStore) -> None:
     store.put_bytes(JOB, "a", b"old, and longer")
     store.put_bytes(JOB, "a", b"new")
