@@ -593,7 +593,7 @@ def test_files_of_buckets_are_just_that(file: dict[str, Any], problem: str) -> N
 @pytest.mark.parametrize(
     ("file", "problem"),
     [
-        ({"type": MARKER}, "type: must be one of url, ipfs, arweave, graphql, smartcontract"),
+        ({"type": MARKER}, "type: must be one of"),
         ({}, "url: Field required"),
         ({"url": ""}, "url: "),
         ({"url": "https://a.example", "method": MARKER}, "method: "),
