@@ -10,7 +10,6 @@ from typing import Annotated, Any, Final
 from pydantic import (
     AfterValidator,
     AliasChoices,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -19,6 +18,7 @@ from pydantic import (
 )
 
 from blocks.files import FileObject, parse_file
+from blocks.shapes import Aliased, Number, Switch, SwitchTaken, Whole, switch
 from flows.errors import InvalidWorkflow, Problem
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -30,10 +30,7 @@ def _one_or_many(value: Any) -> Any:
 
 
 def _flag(value: Any) -> Any:
-    """True for true, 1 and "1", as clients of the original systems write them."""
-    if value is None:
-        return True
-    return {"1": True, "0": False, "true": True, "false": False}.get(str(value).lower(), value)
+    return True if value is None else switch(value)
 
 
 def _text(value: Any) -> Any:
@@ -81,17 +78,20 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 Text = Annotated[str, AfterValidator(_utf8)]
 Json = Annotated[Any, AfterValidator(_json)]
-Index = Annotated[int, Field(ge=0, le=1_000_000)]
+Index = Annotated[int, Whole(ge=0, le=1_000_000)]
+Url = Annotated[str, StringConstraints(min_length=1, max_length=8_192)]
 Urls = Annotated[
-    tuple[Annotated[str, StringConstraints(min_length=1, max_length=8_192)], ...],
-    BeforeValidator(_one_or_many),
+    tuple[Url, ...],
+    BeforeValidator(_one_or_many, json_schema_input_type=Url | tuple[Url, ...]),
 ]
-File = Annotated[FileObject, BeforeValidator(_file)]
+# The schema tells no more than that it is one: each kind of file has rules of its own, told by /fileinfo.
+File = Annotated[FileObject, BeforeValidator(_file, json_schema_input_type=dict[str, Any])]
 """Read by ``parse_file``, whose words name no member of the union, and none of the headers."""
-Flag = Annotated[bool, BeforeValidator(_flag)]
+Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=SwitchTaken | None)]
+Word = str | int | float
 
 
-class Document(BaseModel):
+class Document(Aliased):
     """
     Base of every part. Unknown keys are ignored, as the original systems ignore them; values that may be
     secrets (URLs, code, user data) have ``repr=False`` so that no log or error can show them.
@@ -128,25 +128,25 @@ class Input(Document):
 class Resources(Document):
     """What a stage asks for; never more than its environment allows. *ram* and *disk* are GiB."""
 
-    cpu: Annotated[float, Field(gt=0, le=4096)] | None = None
-    ram: Annotated[float, Field(gt=0, le=65_536)] | None = None
-    disk: Annotated[float, Field(gt=0, le=1_048_576)] | None = None
-    gpu: Annotated[int, Field(ge=0, le=1024)] | None = None
+    cpu: Annotated[float, Number(gt=0, le=4096)] | None = None
+    ram: Annotated[float, Number(gt=0, le=65_536)] | None = None
+    disk: Annotated[float, Number(gt=0, le=1_048_576)] | None = None
+    gpu: Annotated[int, Whole(ge=0, le=1024)] | None = None
 
 
 class Compute(Document):
-    instances: int = Field(default=1, validation_alias=AliasChoices("Instances", "instances"))
+    instances: Annotated[int, Whole()] = Field(default=1, validation_alias=AliasChoices("Instances", "instances"))
     namespace: Scalar = ""
-    maxtime: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    maxtime: Annotated[float, Number(gt=0, le=31_536_000)] | None = None
     """Seconds; the smaller of it and the environment's limit holds."""
     resources: Resources = Resources()
-    network: bool | None = None
+    network: Switch | None = None
     """Ours. False takes the algorithm's network away; else the environment says whether it has one."""
 
 
 class Container(Document):
     image: Scalar = ""
-    tag: Annotated[Scalar, BeforeValidator(_text)] = "latest"
+    tag: Annotated[Scalar, BeforeValidator(_text, json_schema_input_type=Scalar | int | float)] = "latest"
     checksum: Scalar | None = None
     entrypoint: Annotated[Text, StringConstraints(max_length=10_000)] = Field(default="", repr=False)
 
@@ -165,7 +165,9 @@ class Algorithm(Document):
     remote: Remote | None = None
     container: Container = Container()
     algocustomdata: Json = Field(default=None, repr=False)
-    envs: Mapping[Text, Annotated[Text, BeforeValidator(_text)]] | None = Field(default=None, repr=False)
+    envs: Mapping[Text, Annotated[Text, BeforeValidator(_text, json_schema_input_type=Word)]] | None = Field(
+        default=None, repr=False
+    )
 
 
 class Output(Document):
