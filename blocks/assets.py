@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeVar, overload
 
 from pydantic import (
@@ -14,6 +15,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+from blocks.files import Parameters
 
 ACTIVE: Final = 0
 """``nft.state`` of an asset that may be used."""
@@ -196,6 +199,18 @@ class LocalAsset(Asset):
     A type and not a field, so that no document from elsewhere can say it of itself, and so that whoever writes
     an asset down and reads it again has lost the permission instead of having gained it.
     """
+
+
+@dataclass(frozen=True)
+class RemoteAsset:
+    """An asset whose files are at another Provider, and where its document is. *tx_id* is the order, if it has one."""
+
+    did: str
+    service_id: str
+    tx_id: str = ""
+    userdata: Parameters = field(default_factory=dict, repr=False)
+    metadata_url: str = field(default="", repr=False)
+    """Of the metadata store that has its document."""
 
 
 class Agreement(_Part):

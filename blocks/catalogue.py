@@ -37,6 +37,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import from_json
 from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
@@ -78,7 +79,11 @@ _log: Final = logging.getLogger(__name__)
 
 
 class CatalogueUnavailable(Exception):
-    """A source of assets does not answer. Says which one, without what may be secret in its address."""
+    """A source of assets does not answer. Says which one, without what may be secret in its address; *why* does not."""
+
+    def __init__(self, source: str, why: str) -> None:
+        super().__init__(f"{source}: {why}")
+        self.why = why
 
 
 class Problem(NamedTuple):
@@ -203,7 +208,7 @@ class MetadataStore(Catalogue):
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise ValueError("the address of a metadata store is http:// or https://, a host, and no credentials")
         self._url = url.rstrip("/")
-        self._host = parts.hostname
+        self._name = f"metadata store {parts.hostname}"
         self._session = session
         self._seconds = seconds
         self._attempts = attempts
@@ -255,32 +260,34 @@ class MetadataStore(Catalogue):
                 self._check_status(answer.status)
                 body = await self._body(answer)
         except TimeoutError:
-            raise _Transient(f"metadata store {self._host}: no answer within {self._seconds:g} s") from None
+            raise _Transient(self._name, f"no answer within {self._seconds:g} s") from None
         except (aiohttp.ClientError, ForbiddenUrl) as fault:
             forbidden = isinstance(fault, ForbiddenUrl) or isinstance(
                 getattr(fault, "os_error", None), ForbiddenAddress
             )
             kind = CatalogueUnavailable if forbidden else _Transient
             why = "its address is not allowed" if forbidden else "it cannot be reached"
-            raise kind(f"metadata store {self._host}: {why}") from None
+            raise kind(self._name, why) from None
         try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            raise CatalogueUnavailable(f"metadata store {self._host}: it answered something that is not JSON") from None
+            # With a bound of its own on depth; json's is the recursion limit, which other packages raise until the
+            # stack overflows.
+            return from_json(body, allow_inf_nan=False)
+        except ValueError:
+            raise CatalogueUnavailable(self._name, "it answered something that is not JSON") from None
 
     def _check_status(self, status: int) -> None:
         if status == 200:
             return
         why = "it redirects elsewhere; name its final address" if 300 <= status < 400 else f"it answered {status}"
         kind = _Transient if status >= 500 or status in _TRANSIENT else CatalogueUnavailable
-        raise kind(f"metadata store {self._host}: {why}")
+        raise kind(self._name, why)
 
     async def _body(self, answer: aiohttp.ClientResponse) -> bytes:
         body = bytearray()
         async for chunk in answer.content.iter_any():
             body += chunk
             if len(body) > self._largest:
-                raise CatalogueUnavailable(f"metadata store {self._host}: its answer is too long")
+                raise CatalogueUnavailable(self._name, "its answer is too long")
         return bytes(body)
 
 
@@ -398,20 +405,20 @@ class LocalCatalogue(Catalogue):
             # With the time of the change and not of the content alone: that one is carried along by a copy.
             found[name] = (path, (seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size, seen.st_ino, seen.st_dev))
             if len(found) > MOST_FILES:
-                raise CatalogueUnavailable(f"catalogue {self._path}: it has more than {MOST_FILES} files")
+                raise CatalogueUnavailable(f"catalogue {self._path}", f"it has more than {MOST_FILES} files")
         return found, unreadable
 
     def _paths(self, unreadable: list[Problem]) -> Iterator[Path]:
         if not self._path.is_dir():
             if not self._path.exists():
-                raise CatalogueUnavailable(f"catalogue {self._path}: there is no such file or folder")
+                raise CatalogueUnavailable(f"catalogue {self._path}", "there is no such file or folder")
             yield self._path
             return
 
         def cannot(fault: OSError) -> None:
             where = Path(fault.filename)
             if where == self._path:
-                raise CatalogueUnavailable(f"catalogue {self._path}: it cannot be read ({fault.strerror})") from None
+                raise CatalogueUnavailable(f"catalogue {self._path}", f"it cannot be read ({fault.strerror})") from None
             unreadable.append(
                 Problem(where.relative_to(self._path).as_posix(), f"it cannot be read ({fault.strerror})")
             )

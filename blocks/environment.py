@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.client.schemas.objects import BlockDocument
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.types import SecretDict
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from blocks.limits import Offer
 from blocks.process import ProcessRunner
 from blocks.remote import Access
 from blocks.runner import Runner
 from blocks.store import ResultStore
+
+if TYPE_CHECKING:
+    from blocks.keys import ProviderKey
 
 _SLUG: Final = "compute-environment"
 
@@ -83,10 +86,24 @@ class ComputeEnvironment(Block):
         description="URL of a JSON-RPC node by the id of its chain, for files that are values of contracts.",
     )
 
+    signer: SecretStr = Field(
+        default=SecretStr(""),
+        description="Private key that signs for what is fetched from other providers, in hex; empty: there is none.",
+    )
+    metadata_stores: tuple[str, ...] = Field(
+        default=(),
+        description="URLs of the metadata stores in which assets of other providers may be looked up; none: any.",
+    )
+
     @field_validator("ipfs_gateway", "arweave_gateway")
     @classmethod
     def _gateway(cls, url: str) -> str:
         return _http_url(url) if url else url
+
+    @field_validator("metadata_stores")
+    @classmethod
+    def _stores(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_http_url, urls))
 
     @field_validator("chains")
     @classmethod
@@ -102,6 +119,28 @@ class ComputeEnvironment(Block):
         if self.runner == "process" and self.offer.limits.gpus:
             raise ValueError("a sandboxed process has no GPU; offer none, or choose another runner")
         return self
+
+    @model_validator(mode="after")
+    def _is_known_by_its_key(self) -> Self:
+        if (signer := self._signer()) is None:
+            return self
+        if not self.offer.consumer_address:
+            self.offer = self.offer.model_copy(update={"consumer_address": signer.address})
+        elif self.offer.consumer_address.lower() != signer.address.lower():
+            raise ValueError(
+                "offer.consumer_address is not that of signer, so nobody could fetch what is ordered to it"
+            )
+        return self
+
+    def _signer(self) -> ProviderKey | None:
+        if not (secret := self.signer.get_secret_value()):
+            return None
+        from blocks.keys import KeyUnusable, ProviderKey  # noqa: PLC0415 - a second to import, and few have a key
+
+        try:
+            return ProviderKey.from_secret(secret)
+        except KeyUnusable as fault:
+            raise ValueError(f"signer: {fault}") from None
 
     def make_runner(self) -> Runner:
         """The runner that shuts this environment's algorithms in."""
@@ -129,6 +168,8 @@ class ComputeEnvironment(Block):
             ipfs_gateway=self.ipfs_gateway,
             arweave_gateway=self.arweave_gateway,
             chains={int(chain): url for chain, url in self.chains.get_secret_value().items()},
+            signer=self._signer(),
+            metadata_stores=self.metadata_stores,
         )
 
 

@@ -20,7 +20,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 import aiohttp
 import fsspec
@@ -50,6 +50,9 @@ from blocks.ipfs import LARGEST_BLOCK, FileReader, NotThatFile, parse_cid
 from blocks.limits import MIB, FetchLimits
 from blocks.urls import HTTP, ForbiddenUrl, check_request, check_url, scheme_of
 
+if TYPE_CHECKING:
+    from blocks.keys import ProviderKey  # takes a second to import, and few environments have a key
+
 CHUNK: Final = MIB // 2
 """Bytes of one file that a read brings, about; times ``FetchLimits.connections`` is what fetching holds in memory."""
 LONGEST_WAIT: Final = 30.0
@@ -60,7 +63,7 @@ LARGEST_ANSWER: Final = 32 * MIB
 """Bytes of what the node of a chain answers."""
 
 _MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}")
-_TRANSIENT_STATUS: Final = frozenset({408, 425, 429})
+TRANSIENT_STATUS: Final = frozenset({408, 425, 429})
 _IPFS_GATEWAY: Final = "at the IPFS gateway"
 _ARWEAVE_GATEWAY: Final = "at the Arweave gateway"
 _NODE: Final = "at the node of its chain"
@@ -92,6 +95,10 @@ class Access:
     arweave_gateway: str = ""
     chains: Mapping[int, str] = field(default_factory=dict, repr=False)
     """The URL of a node by the id of its chain. May hold a key."""
+    signer: ProviderKey | None = field(default=None, repr=False)
+    """Signs for what is fetched from other Providers."""
+    metadata_stores: tuple[str, ...] = ()
+    """Where their assets may be looked up; empty: wherever a consumer says."""
 
 
 def check_file(file: FileObject, limits: FetchLimits, access: Access) -> None:
@@ -132,6 +139,19 @@ def tries(limits: FetchLimits) -> AsyncRetrying:
     )
 
 
+async def tried(limits: FetchLimits, attempt: Callable[[], Awaitable[T]]) -> T:
+    """*attempt* with its tries; the Unreachable it fails with for good says how many there were."""
+    count = 0
+    try:
+        async for each in tries(limits):
+            with each:
+                count += 1
+                return await attempt()
+    except Unreachable as trouble:
+        words = trouble.words + (f" ({count} tries)" if count > 1 else "")
+    raise Unreachable(words)
+
+
 _backoff = wait_exponential_jitter(multiplier=0.25, max=LONGEST_WAIT, jitter=0.25)
 
 
@@ -155,10 +175,10 @@ class Stream(ABC):
 
     async def read(self) -> bytes:
         """Some bytes, at most about CHUNK or a block; none at the end. A body shorter than announced raises."""
-        return await _in_words(self._read(), self._limits)
+        return await in_words(self._read(), self._limits)
 
     async def close(self) -> None:
-        await _in_words(self._close(), self._limits)
+        await in_words(self._close(), self._limits)
 
     @abstractmethod
     async def _read(self) -> bytes: ...
@@ -167,7 +187,9 @@ class Stream(ABC):
     async def _close(self) -> None: ...
 
 
-class _HttpStream(Stream):
+class HttpStream(Stream):
+    """The body of an answer, after what has *begun* to be read of it."""
+
     def __init__(self, response: aiohttp.ClientResponse, limits: FetchLimits, begun: bytes = b"") -> None:
         super().__init__(limits)
         self._response = response
@@ -287,7 +309,7 @@ class Remotes:
         Raises:
             Unreachable: For whatever reason, and no other Exception.
         """
-        return await _in_words(self._open(file), self._limits)
+        return await in_words(self._open(file), self._limits)
 
     async def _open(self, file: FileObject) -> Stream:
         check_file(file, self._limits, self._access)
@@ -307,7 +329,7 @@ class Remotes:
         url = check_request(file, self._limits.schemes)
         scheme = scheme_of(url)
         if scheme in HTTP:
-            return _HttpStream(await self._request(file.method, url, file.headers), self._limits)
+            return HttpStream(await self._request(file.method, url, file.headers), self._limits)
         async with self._lock:
             if scheme not in self._opened:
                 self._opened[scheme] = await self._filesystem(scheme)
@@ -326,26 +348,22 @@ class Remotes:
         name = str(cid) if cid.version == 0 else cid.encode("base32")
         # The query of the configured URL stays: with some gateways it holds the key.
         url = (gateway / "ipfs" / name).with_query({**gateway.query, "format": "raw"})
-        tried = 0
-        try:
-            async for attempt in tries(self._limits):
-                with attempt:
-                    tried += 1
-                    answer = self._from_gateway(url, {"Accept": "application/vnd.ipld.raw"})
-                    return await _in_words(_whole(answer, LARGEST_BLOCK), self._limits, _IPFS_GATEWAY)
-        except Unreachable as trouble:
-            words = trouble.words + (f" ({tried} tries)" if tried > 1 else "")
-        raise Unreachable(words)
+
+        async def ask() -> bytes:
+            answer = self._from_gateway(url, {"Accept": "application/vnd.ipld.raw"})
+            return await in_words(whole_body(answer, LARGEST_BLOCK), self._limits, _IPFS_GATEWAY)
+
+        return await tried(self._limits, ask)
 
     async def _open_arweave(self, file: ArweaveFile) -> Stream:
         gateway = URL(self._access.arweave_gateway)
         url = (gateway / file.transaction_id).with_query(gateway.query)
-        response = await _in_words(self._from_gateway(url, {}), self._limits, _ARWEAVE_GATEWAY)
+        response = await in_words(self._from_gateway(url, {}), self._limits, _ARWEAVE_GATEWAY)
         if response.status != 200:
             # Gateways answer 202 and "Pending" for a transaction that is not in a block yet.
             response.close()
             raise Unreachable("its transaction is not confirmed yet", transient=True)
-        return _HttpStream(response, self._limits)
+        return HttpStream(response, self._limits)
 
     async def _open_graphql(self, file: GraphqlFile) -> Stream:
         url = check_request(file, self._limits.schemes)
@@ -363,7 +381,7 @@ class Remotes:
         except BaseException:
             response.close()
             raise
-        return _HttpStream(response, self._limits, bytes(begun))
+        return HttpStream(response, self._limits, bytes(begun))
 
     async def _open_contract(self, file: SmartContractFile) -> Stream:
         from blocks.contract_view import NoAnswer, call_view  # noqa: PLC0415 - web3 takes a second to import
@@ -377,7 +395,7 @@ class Remotes:
                 headers={"Content-Type": "application/json"},
                 middlewares=(stays_at(node),),
             )
-            return await _in_words(_whole(answer, LARGEST_ANSWER), self._limits, _NODE)
+            return await in_words(whole_body(answer, LARGEST_ANSWER), self._limits, _NODE)
 
         try:
             return _BytesStream(await call_view(file, post), "application/json", self._limits)
@@ -417,7 +435,7 @@ class Remotes:
                 self._limits,
                 headers={"Accept-Encoding": "identity"},
                 # Not left to aiohttp: it drops Retry-After, and its error quotes the URL.
-                raise_for_status=_check_status,
+                raise_for_status=check_status,
             )
             self._stack.push_async_callback(session.close)
             self._sessions[kind] = session
@@ -435,7 +453,8 @@ class Remotes:
         return remote
 
 
-async def _whole(answer: Awaitable[aiohttp.ClientResponse], ceiling: int) -> bytes:
+async def whole_body(answer: Awaitable[aiohttp.ClientResponse], ceiling: int) -> bytes:
+    """All that is answered. Raises Unreachable beyond *ceiling* bytes, and whatever *answer* does."""
     body = bytearray()
     async with await answer as response:
         while chunk := await response.content.read(CHUNK):
@@ -457,14 +476,15 @@ def _check_answer(body: bytes) -> None:
         raise Unreachable("answered with errors and no data" if answer.get("errors") else "answered with no data")
 
 
-async def _check_status(response: aiohttp.ClientResponse) -> None:
+async def check_status(response: aiohttp.ClientResponse) -> None:
+    """Raises Unreachable, with the body given up, for every status but success."""
     status = response.status
     if 200 <= status < 300:
         return
     response.release()
     raise Unreachable(
         f"answered {status}",
-        transient=status >= 500 or status in _TRANSIENT_STATUS,
+        transient=status >= 500 or status in TRANSIENT_STATUS,
         wait=_seconds(response.headers.get("Retry-After")),
     )
 
@@ -505,7 +525,7 @@ _WORDS: Final[tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, bo
 )
 
 
-async def _in_words(remote: Awaitable[T], limits: FetchLimits, at: str = "") -> T:
+async def in_words(remote: Awaitable[T], limits: FetchLimits, at: str = "") -> T:
     """
     Await something remote; whatever goes wrong comes out as Unreachable. *at* names what is asked, if not the file.
 

@@ -120,10 +120,13 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
     stage, workspace, limits = site.stage, site.workspace, site.environment.offer.fetch
     workspace.create()
     sources = [
-        InputSource(id=planned.id, index=n, files=planned.files)
+        InputSource(id=planned.id, index=n, files=planned.files, remote=planned.remote)
         for n, planned in enumerate(stage.inputs)
         if planned.stage is None
     ]
+    ddos: dict[str, Mapping[str, Any]] = {
+        planned.id: planned.ddo if planned.ddo is not None else {"id": planned.id} for planned in stage.inputs
+    }
     try:
         with _progress(fetch_key(stage.index), f"Inputs of stage {stage.index}") as report:
             fetched = fetch_inputs(
@@ -132,6 +135,7 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
                 limits,
                 access=site.environment.access(),
                 on_progress=report,
+                on_found=ddos.__setitem__,
                 stop=site.stop,
             )
     except InputUnreachable as problem:
@@ -140,7 +144,7 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
         if planned.stage is not None:
             into = workspace.inputs / folder_name(planned.id)
             fetched += link_stage_outputs(site.upstream[planned.stage].outputs, into)
-    write_parameters(stage.custom_data, {planned.id: {"id": planned.id} for planned in stage.inputs}, workspace)
+    write_parameters(stage.custom_data, ddos, workspace)
     _inputs_table(stage.index, fetched)
     return Completed(message=f"{len(fetched)} files, {sum(file.size for file in fetched)} bytes", data=fetched)
 
@@ -158,6 +162,8 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
             stage.rawcode,
             workspace.algorithm,
             site.environment.offer.fetch,
+            remote=stage.algorithm_remote,
+            sha256=stage.algorithm_sha256,
             access=site.environment.access(),
             stop=site.stop,
         )

@@ -141,7 +141,12 @@ def parse_job_id(text: str) -> str:
 
 def document_digest(workflow: Workflow) -> bytes:
     """SHA-256 of what the document says, independent of its spelling. Tells a repeat from another job."""
-    said = {**workflow.model_dump(mode="json"), "owner": workflow.owner.lower()}  # addresses have no case
+    # Without the documents of assets, which metadata stores write anew with every order that is made.
+    documents = {"stages": {"__all__": {"input": {"__all__": {"ddo"}}}}}
+    said = {
+        **workflow.model_dump(mode="json", exclude=documents),
+        "owner": workflow.owner.lower(),
+    }  # addresses have no case
     canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
 

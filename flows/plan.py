@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Final
 
-from blocks.assets import folder_name
+from blocks.assets import DID, RemoteAsset, folder_name
 from blocks.files import FileObject, GraphqlFile, UrlFile
 from blocks.limits import GIB, Limits, Offer
-from blocks.urls import ForbiddenUrl, check_request
+from blocks.urls import HTTP, ForbiddenUrl, check_request, check_url
 from flows.errors import InvalidWorkflow, Problem
 from flows.status import Phase
-from flows.workflow import PARTS, REQUIRED, Algorithm, Compute, Container, Input, Stage, Workflow
+from flows.workflow import PARTS, REQUIRED, Algorithm, Compute, Container, Input, Remote, Stage, Workflow
 
 MAX_STAGES: Final = 100
 MAX_URLS: Final = 20_000
@@ -25,6 +25,7 @@ LONGEST_VARIABLE: Final = 100_000
 # A data set's id is a folder name under /data/inputs, so nothing may pass that a file system or a shell reads
 # differently. Unicode look-alikes are out with everything else that is not listed.
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
+_DID: Final = re.compile(DID)
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _CHECKSUM: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _IMAGE: Final = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,254}")
@@ -47,11 +48,16 @@ class Step:
 
 @dataclass(frozen=True)
 class PlannedInput:
-    """One data set of a stage: files, or what another stage puts out, never both."""
+    """
+    One data set of a stage: files, or an asset to be looked up, or what another stage puts out; one of the three.
+    *ddo* is what is known of it, if anything is.
+    """
 
     id: str
     files: tuple[FileObject, ...] = field(repr=False, default=())
     stage: int | None = None
+    remote: RemoteAsset | None = None
+    ddo: Mapping[str, Any] | None = field(repr=False, default=None)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class PlannedStage:
     variables: Mapping[str, str] = field(repr=False)
     publish_output: bool
     publish_algorithm_log: bool
+    algorithm_remote: RemoteAsset | None = None
+    """Where it is neither a file nor raw code."""
+    algorithm_sha256: str | None = None
+    """In lower case; anything else than this is not run."""
     network: bool = True
     """Whether the algorithm may have a network, if its environment has one to give."""
 
@@ -104,9 +114,10 @@ class Plan:
             waits = f", after stage {', '.join(map(str, stage.depends_on))}" if stage.depends_on else ""
             yield f"stage {stage.index} in {stage.environment}{waits}"
             for planned in stage.inputs:
-                source = f"stage {planned.stage}" if planned.stage is not None else _counted(planned.files)
-                yield f"  input      {planned.id}: {source}"
+                yield f"  input      {planned.id}: {_source(planned)}"
             code = f"by {_kind(stage.algorithm_file)}" if stage.algorithm_file else "raw code"
+            if stage.algorithm_remote is not None:
+                code = _REMOTE
             # Not the entrypoint: it is code, may hold what nobody else is to see, and this text goes into logs.
             yield f"  algorithm  {stage.algorithm_id or 'unnamed'} ({code}) for {stage.container.image}"
             yield (
@@ -125,6 +136,15 @@ class Plan:
         width = max(len(step.name) for step in self.steps)
         for step in self.steps:
             yield f"{step.name:<{width}}  <-  {', '.join(step.after) or 'start'}"
+
+
+_REMOTE: Final = "at another provider"
+
+
+def _source(planned: PlannedInput) -> str:
+    if planned.stage is not None:
+        return f"stage {planned.stage}"
+    return _REMOTE if planned.remote is not None else _counted(planned.files)
 
 
 def _kind(file: FileObject) -> str:
@@ -206,7 +226,14 @@ def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapp
         environment=offer.id,
         depends_on=depends_on,
         inputs=tuple(
-            PlannedInput(id=_input_id(part), files=_files(part), stage=part.stage) for part in _in_order(stage.input)
+            PlannedInput(
+                id=_input_id(part),
+                files=_files(part),
+                stage=part.stage,
+                remote=_remote(part.id, part.remote, stage.output.metadata_uri) if part.remote else None,
+                ddo=part.ddo,
+            )
+            for part in _in_order(stage.input)
         ),
         algorithm_id=algorithm.id,
         algorithm_file=_algorithm_file(algorithm),
@@ -223,6 +250,8 @@ def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapp
         variables=dict(algorithm.envs or {}),
         publish_output=stage.output.publish_output,
         publish_algorithm_log=stage.output.publish_algorithm_log,
+        algorithm_remote=_algorithm_remote(stage),
+        algorithm_sha256=algorithm.sha256,
         network=stage.compute.network is not False,
     )
 
@@ -233,6 +262,23 @@ def _files(part: Input) -> tuple[FileObject, ...]:
 
 def _algorithm_file(algorithm: Algorithm) -> FileObject | None:
     return algorithm.file or (UrlFile(url=algorithm.url) if algorithm.url else None)
+
+
+def _remote(did: str | None, remote: Remote, metadata_uri: str | None, userdata: Any = None) -> RemoteAsset:
+    return RemoteAsset(
+        did=did or "",
+        service_id=remote.service_id,
+        tx_id=remote.tx_id,
+        userdata=remote.userdata or userdata or {},
+        metadata_url=metadata_uri or "",
+    )
+
+
+def _algorithm_remote(stage: Stage) -> RemoteAsset | None:
+    algorithm = stage.algorithm
+    if algorithm.remote is None or _algorithm_file(algorithm) or algorithm.rawcode:
+        return None
+    return _remote(algorithm.id, algorithm.remote, stage.output.metadata_uri, algorithm.algouserdata)
 
 
 def _bytes(gibibytes: float | None) -> int | None:
@@ -357,6 +403,28 @@ def _stage_problems(path: str, stage: Stage, offers: Mapping[str, Offer]) -> Ite
             yield Problem(f"{here}.id", f"input {names[name]} has this id too")
     if "algorithm" not in missing:
         yield from _algorithm_problems(f"{path}.algorithm", stage.algorithm, offer)
+    if any(given.remote for given in stage.input) or _algorithm_remote(stage) is not None:
+        yield from _metadata_problems(f"{path}.output.metadataUri", stage.output.metadata_uri)
+
+
+def _metadata_problems(path: str, uri: str | None) -> Iterator[Problem]:
+    if not uri:
+        yield Problem(path, "name the metadata store in which remote assets are to be looked up")
+        return
+    try:
+        check_url(uri, HTTP)
+    except ForbiddenUrl as refused:
+        yield Problem(path, refused.reason)
+
+
+def _remote_problems(path: str, did: str | None, remote: Remote) -> Iterator[Problem]:
+    """*path* is that of the input or algorithm, which has the asset's *did* as its id."""
+    if did and not _DID.fullmatch(did):
+        yield Problem(f"{path}.id", "must be the DID of the remote asset: did:op: and letters, digits, _ and -")
+    if not remote.service_id:
+        yield Problem(f"{path}.remote.serviceId", REQUIRED)
+    if remote.userdata is not None and not isinstance(remote.userdata, Mapping):
+        yield Problem(f"{path}.remote.userdata", "must be an object")
 
 
 def _compute_problems(path: str, compute: Compute, offers: Mapping[str, Offer]) -> Iterator[Problem]:
@@ -384,7 +452,7 @@ def _input_problems(path: str, part: Input, offer: Offer | None) -> Iterator[Pro
     if len(given) != 1:
         yield Problem(path, f"give one of {', '.join(sources)}; {' and '.join(given) or 'none'} is given")
     if part.remote is not None:
-        yield Problem(f"{path}.remote", "looking assets up in a metadata store is not offered yet; give url")
+        yield from _remote_problems(path, part.id, part.remote)
     if not part.id:
         if part.stage is None:
             yield Problem(f"{path}.id", REQUIRED)
@@ -410,7 +478,11 @@ def _file_problems(path: str, file: FileObject, offer: Offer | None) -> Iterator
 def _algorithm_problems(path: str, algorithm: Algorithm, offer: Offer | None) -> Iterator[Problem]:
     given = algorithm.file or algorithm.url or algorithm.rawcode
     if algorithm.remote is not None and not given:
-        yield Problem(f"{path}.remote", "looking algorithms up is not offered yet; give url or rawcode")
+        if not algorithm.id:
+            yield Problem(f"{path}.id", REQUIRED)
+        yield from _remote_problems(path, algorithm.id, algorithm.remote)
+        if algorithm.algouserdata is not None and not isinstance(algorithm.algouserdata, Mapping):
+            yield Problem(f"{path}.algouserdata", "must be an object")
     elif not given:
         yield Problem(path, "give url or rawcode")
     if algorithm.url:

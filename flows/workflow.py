@@ -107,7 +107,7 @@ class Document(Aliased):
 
 
 class Remote(Document):
-    """An asset to be looked up in a metadata store; contract, section 4."""
+    """An asset to be looked up in a metadata store; contract, section 4. *userdata* goes to its source."""
 
     tx_id: Scalar = Field(default="", alias="txId")
     service_id: Scalar = Field(default="", alias="serviceId")
@@ -115,7 +115,10 @@ class Remote(Document):
 
 
 class Input(Document):
-    """One data set: by URL, by look-up; ours: by file objects, or the outputs of another stage."""
+    """
+    One data set: by URL, by look-up; ours: by file objects, or the outputs of another stage. Ours too: *ddo*, its
+    public document, which the algorithm finds beside the data.
+    """
 
     id: Scalar = ""
     index: Index | None = None
@@ -123,6 +126,7 @@ class Input(Document):
     files: tuple[File, ...] = Field(default=(), repr=False)
     remote: Remote | None = None
     stage: Index | None = None
+    ddo: Annotated[dict[str, Any], AfterValidator(_json)] | None = Field(default=None, repr=False)
 
 
 class Resources(Document):
@@ -153,9 +157,9 @@ class Container(Document):
 
 class Algorithm(Document):
     """
-    One of url, rawcode, remote; ``url`` wins over ``rawcode``, as in the document's own example. Ours: ``file``, a
-    file object, which wins over both. ``algouserdata`` belongs to fetching a remote algorithm and is passed over
-    until there is that.
+    One of url, rawcode, remote; ``url`` wins over ``rawcode``, as in the document's own example, and both over
+    ``remote``. Ours: ``file``, a file object, which wins over all of them, and ``sha256``, the checksum that what is
+    fetched has to have. ``algouserdata`` goes to the source of a remote algorithm that has no userdata of its own.
     """
 
     id: Scalar | None = None
@@ -163,8 +167,10 @@ class Algorithm(Document):
     file: File | None = Field(default=None, repr=False)
     rawcode: Text | None = Field(default=None, repr=False)
     remote: Remote | None = None
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)] | None = None
     container: Container = Container()
     algocustomdata: Json = Field(default=None, repr=False)
+    algouserdata: Json = Field(default=None, repr=False)
     envs: Mapping[Text, Annotated[Text, BeforeValidator(_text, json_schema_input_type=Word)]] | None = Field(
         default=None, repr=False
     )

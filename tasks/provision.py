@@ -16,8 +16,9 @@ import re
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from io import BufferedReader
@@ -25,9 +26,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Final
 
-from blocks.assets import folder_name
+from blocks.assets import RemoteAsset, folder_name
 from blocks.files import FileObject, UrlFile
 from blocks.limits import FetchLimits
+from blocks.provider import AssetFile, FoundAsset, Providers, providers
 from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, remotes, tries
 from tasks.results import open_regular, regular_files
 from tasks.workspace import Workspace
@@ -38,6 +40,9 @@ STOP_TICK: Final = 0.25
 
 Progress = Callable[[int, int, int, int], None]
 """Called with (bytes done, bytes announced or 0 while unknown, files done, files)."""
+
+OnFound = Callable[[str, Mapping[str, Any]], None]
+"""Called with the id of an input and its asset's document."""
 
 _NOTHING_CONFIGURED: Final = Access()
 
@@ -52,11 +57,17 @@ class AlgorithmUnreachable(Exception):
 
 @dataclass(frozen=True)
 class InputSource:
-    """One input of a stage. *index* is its place in the order of the plan."""
+    """One input of a stage: *files*, or an asset to be looked up. *index* is its place in the order of the plan."""
 
     id: str
     index: int
-    files: tuple[FileObject, ...] = field(repr=False)
+    files: tuple[FileObject, ...] = field(repr=False, default=())
+    remote: RemoteAsset | None = None
+
+    @property
+    def label(self) -> str:
+        """How a message may name it."""
+        return f"input {self.index} ({self.id})"
 
 
 @dataclass(frozen=True)
@@ -78,14 +89,17 @@ def fetch_inputs(
     *,
     access: Access = _NOTHING_CONFIGURED,
     on_progress: Progress | None = None,
+    on_found: OnFound | None = None,
     stop: Event | None = None,
 ) -> tuple[FetchedFile, ...]:
     """
-    Fetch every file of every input at once into ``<into>/<id without "did:op:">/<n>``.
+    Fetch every file of every input at once into ``<into>/<id without "did:op:">/<n>``, when all assets that have to
+    be looked up are found.
 
     n counts the files of an input from 0; inputs with the same id share a folder and the count goes on. *access* is
-    how this house reaches sources. *on_progress* is called in the calling thread, a few times a second at most.
-    Setting *stop*, from any thread, ends the fetching as a failure within a second.
+    how this house reaches sources. *on_progress* is called in the calling thread, a few times a second at most, and
+    *on_found* for each asset that was looked up. Setting *stop*, from any thread, ends the fetching as a failure
+    within a second.
     Blocks; runs an event loop of its own. Repeating it overwrites.
 
     File systems of fsspec that are not asynchronous run in threads: one that hangs is given up after
@@ -95,28 +109,36 @@ def fetch_inputs(
         One per file, in the order given.
 
     Raises:
-        InputUnreachable: One file failed for good, or there are more than ``total_bytes`` in all, or
+        InputUnreachable: One asset or file failed for good, or there are more than ``total_bytes`` in all, or
             ``seconds_total`` have passed. The others are cancelled at once. No partial file is left; complete
             ones are.
         OSError: This machine's disk.
     """
-    positions: Counter[str] = Counter()
-    items = []
-    for source in sources:
-        name = _folder_name(source.id)
-        kind = "URL" if all(map(_is_plain, source.files)) else "file"
-        for number, file in enumerate(source.files, start=1):
-            items.append(
-                _Item(
-                    label=f"input {source.index} ({source.id}), {kind} {number} of {len(source.files)}",
+    remote = {n: source.remote for n, source in enumerate(sources) if source.remote is not None}
+
+    def items(found: Sequence[FoundAsset]) -> Iterator[_Item]:
+        assets = dict(zip(remote, found, strict=True))
+        positions: Counter[str] = Counter()
+        for n, source in enumerate(sources):
+            name = _folder_name(source.id)
+            files: Sequence[FileObject | AssetFile] = source.files
+            if n in assets:
+                files = assets[n].files
+                if on_found is not None:
+                    on_found(source.id, assets[n].ddo)
+            kind = "URL" if all(map(_is_plain, files)) else "file"
+            for number, file in enumerate(files, start=1):
+                yield _Item(
+                    label=f"{source.label}, {kind} {number} of {len(files)}",
                     input_id=source.id,
                     position=positions[name],
                     file=file,
                     target=into / name / str(positions[name]),
                 )
-            )
-            positions[name] += 1
-    outcome = _fetch_all(items, limits, access, _Ledger(limits.total_bytes, on_progress), stop)
+                positions[name] += 1
+
+    wanted = [_Wanted(sources[n].label, asset) for n, asset in remote.items()]
+    outcome = _fetch_all(wanted, items, limits, access, _Ledger(limits.total_bytes, on_progress), stop=stop)
     if isinstance(outcome, _Failed):
         raise InputUnreachable(str(outcome))
     return outcome
@@ -128,34 +150,48 @@ def fetch_algorithm(
     into: Path,
     limits: FetchLimits,
     *,
+    remote: RemoteAsset | None = None,
+    sha256: str | None = None,
     access: Access = _NOTHING_CONFIGURED,
     stop: Event | None = None,
 ) -> FetchedFile:
     """
-    Write the algorithm to the file *into*, executable. *file* wins over *rawcode*; one of them is given.
+    Write the algorithm to the file *into*, executable. *file* wins over *rawcode*, and both over *remote*, whose first
+    file it is then; one of them is given. *sha256*, in lower case, is the checksum it has to have.
 
     Raises:
-        AlgorithmUnreachable: The file failed for good, or the algorithm has more than ``algorithm_bytes``.
+        AlgorithmUnreachable: The file failed for good, or the algorithm has more than ``algorithm_bytes`` or another
+            checksum. It is not there then.
         OSError: This machine's disk.
     """
     ledger = _Ledger(limits.algorithm_bytes)
-    if file is not None:
-        label = "the algorithm's URL" if _is_plain(file) else "the algorithm's file"
-        item = _Item(label, input_id="algorithm", position=0, file=file, target=into)
-        outcome = _fetch_all([item], limits, access, ledger, stop)
-        if isinstance(outcome, _Failed):
-            raise AlgorithmUnreachable(str(outcome))
-        (fetched,) = outcome
-    elif rawcode is not None:
+    label = "the algorithm's URL" if file is not None and _is_plain(file) else "the algorithm's file"
+    if file is None and rawcode is not None:
+        label = "the algorithm's code"
         code = rawcode.encode()
         if len(code) > limits.algorithm_bytes:
-            raise AlgorithmUnreachable(f"the algorithm's code: more than {limits.algorithm_bytes} bytes")
+            raise AlgorithmUnreachable(f"{label}: more than {limits.algorithm_bytes} bytes")
         # Unlinked first: what an earlier try left is read-only.
         into.unlink(missing_ok=True)
         into.write_bytes(code)
         fetched = FetchedFile("algorithm", 0, len(code), hashlib.sha256(code).hexdigest(), None, 0.0)
+    elif file is not None or remote is not None:
+        wanted = [_Wanted("the algorithm", remote)] if file is None and remote is not None else []
+
+        def items(found: Sequence[FoundAsset]) -> Iterator[_Item]:
+            files = found[0].files[:1] if file is None else (file,)
+            yield from (_Item(label, input_id="algorithm", position=0, file=each, target=into) for each in files)
+
+        outcome = _fetch_all(wanted, items, limits, access, ledger, stop=stop)
+        if isinstance(outcome, _Failed):
+            raise AlgorithmUnreachable(str(outcome))
+        (fetched,) = outcome
     else:
-        raise ValueError("neither file nor rawcode")
+        raise ValueError("none of file, rawcode and remote")
+    if sha256 is not None and fetched.sha256 != sha256:
+        # A data set's owner trusts it by its checksum; what was read when the job was taken in has been changed since.
+        into.unlink()
+        raise AlgorithmUnreachable(f"{label}: is not the file that was approved")
     into.chmod(0o555)
     return fetched
 
@@ -210,7 +246,7 @@ def _line(file: FetchedFile) -> str:
     return f"{file.size} bytes, sha256 {file.sha256}{kind}, {file.seconds:.2f} s"
 
 
-def _is_plain(file: FileObject) -> bool:
+def _is_plain(file: FileObject | AssetFile) -> bool:
     return isinstance(file, UrlFile)
 
 
@@ -251,13 +287,21 @@ def _sha256(source: BufferedReader) -> str:
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    """An asset to look up. *label* is how a message may name it."""
+
+    label: str
+    asset: RemoteAsset
+
+
+@dataclass(frozen=True)
 class _Item:
     """One file to fetch. *label* is how a message may name it."""
 
     label: str
     input_id: str
     position: int
-    file: FileObject = field(repr=False)
+    file: FileObject | AssetFile = field(repr=False)
     target: Path
 
     @property
@@ -319,26 +363,36 @@ class _Ledger:
 
 
 def _fetch_all(
-    items: Sequence[_Item],
+    wanted: Sequence[_Wanted],
+    items: Callable[[Sequence[FoundAsset]], Iterable[_Item]],
     limits: FetchLimits,
     access: Access,
     ledger: _Ledger,
+    *,
     stop: Event | None,
 ) -> tuple[FetchedFile, ...] | _Failed:
-    for folder in {item.target.parent for item in items}:
-        folder.mkdir(parents=True, exist_ok=True)
-    ledger.files = len(items)
+    """Look up what is *wanted*, and fetch the *items* made of what was found, in that order."""
+    laid_out: list[_Item] = []
+
+    def lay_out(found: Sequence[FoundAsset]) -> Sequence[_Item]:
+        laid_out.extend(items(found))
+        for folder in {item.target.parent for item in laid_out}:
+            folder.mkdir(parents=True, exist_ok=True)
+        ledger.files = len(laid_out)
+        return laid_out
+
     # Not the loop's own pool: name look-ups run there, and some that hang would stop every write.
     with ThreadPoolExecutor(2, thread_name_prefix="fetch-disk") as disk:
         try:
-            return asyncio.run(_gather(items, limits, access, ledger, disk=disk, stop=stop or Event()))
+            return asyncio.run(_gather(wanted, lay_out, limits, access, ledger, disk=disk, stop=stop or Event()))
         finally:
-            for item in items:
+            for item in laid_out:
                 item.part.unlink(missing_ok=True)
 
 
 async def _gather(
-    items: Sequence[_Item],
+    wanted: Sequence[_Wanted],
+    lay_out: Callable[[Sequence[FoundAsset]], Sequence[_Item]],
     limits: FetchLimits,
     access: Access,
     ledger: _Ledger,
@@ -347,18 +401,24 @@ async def _gather(
     stop: Event,
 ) -> tuple[FetchedFile, ...] | _Failed:
     first: BaseException
-    async with remotes(limits, access) as opener:
-        fetching = _Fetching(opener, limits, ledger, disk)
+    items: Sequence[_Item] = ()
+    async with remotes(limits, access) as opener, providers(limits, access) as others:
+        fetching = _Fetching(opener, others, limits, ledger, disk)
         try:
             async with asyncio.timeout(limits.seconds_total), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(fetching.fetch(item)) for item in items]
                 watch = group.create_task(_until(stop))
+                finding = [group.create_task(fetching.find(each)) for each in wanted]
+                if finding:
+                    await asyncio.wait(finding)
+                items = lay_out([task.result() for task in finding])
+                tasks = [group.create_task(fetching.fetch(item)) for item in items]
                 if tasks:
                     await asyncio.wait(tasks)
                 watch.cancel()
             return tuple(task.result() for task in tasks)
         except TimeoutError:
-            return _Failed(f"{_unfinished(items)}: not here after {limits.seconds_total:g} s in all")
+            missing = _unfinished(items) if items else ", ".join(each.label for each in wanted[:3])
+            return _Failed(f"{missing}: not here after {limits.seconds_total:g} s in all")
         except BaseExceptionGroup as failures:
             first = failures.exceptions[0]
     if isinstance(first, _Failed):
@@ -384,9 +444,25 @@ class _Fetching:
     """What the items of one fetching share."""
 
     remotes: Remotes
+    providers: Providers
     limits: FetchLimits
     ledger: _Ledger
     disk: ThreadPoolExecutor
+
+    async def find(self, wanted: _Wanted) -> FoundAsset:
+        """One asset. What it fails with comes out as _Failed."""
+        try:
+            return await self.providers.find(wanted.asset)
+        except Unreachable as trouble:
+            words = trouble.words
+        raise _Failed(f"{wanted.label}: {words}")
+
+    def _slot(self, file: FileObject | AssetFile) -> AbstractAsyncContextManager[Any]:
+        """Free for what another Provider has: that is one request, which a connector counts."""
+        return nullcontext() if isinstance(file, AssetFile) else self.remotes.slot(file)
+
+    async def _open(self, file: FileObject | AssetFile) -> Stream:
+        return await (self.providers.open(file) if isinstance(file, AssetFile) else self.remotes.open(file))
 
     async def fetch(self, item: _Item) -> FetchedFile:
         """One file, with its tries. Every failure that is not this machine's comes out as _Failed."""
@@ -396,7 +472,7 @@ class _Fetching:
             async for attempt in tries(self.limits):
                 with attempt:
                     tried += 1
-                    async with self.remotes.slot(item.file):
+                    async with self._slot(item.file):
                         size, sha256, content_type = await self._try(item)
             await asyncio.get_running_loop().run_in_executor(self.disk, item.part.replace, item.target)
         except Unreachable as trouble:
@@ -415,7 +491,7 @@ class _Fetching:
         stream = None
         complete = False
         try:
-            stream = await self.remotes.open(item.file)
+            stream = await self._open(item.file)
             while block := await _block(stream):
                 if not sink.size and stream.size is not None:
                     self.ledger.announce(item.target, stream.size)

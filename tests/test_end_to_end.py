@@ -21,10 +21,12 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from blocks.keys import ProviderKey
 from cli.service import Service
 from tests import documents
 from tests.documents import stage
 from tests.file_server import FileServer
+from tests.other_provider import SERVICE, OtherProvider
 
 pytestmark = [pytest.mark.worker, pytest.mark.sandbox, pytest.mark.slow]
 
@@ -94,7 +96,17 @@ def files() -> Iterator[FileServer]:
 
 
 @pytest.fixture(scope="module")
-def jobs(consumer: Consumer, files: FileServer) -> dict[str, str]:
+def abroad(tmp_path_factory: pytest.TempPathFactory, files: FileServer) -> Iterator[OtherProvider]:
+    """Another provider, which has data for nobody but the environment here, and an algorithm for all."""
+    signer = ProviderKey.from_secret("0a" * 32)  # as in prefect.yaml
+    with OtherProvider(tmp_path_factory.mktemp("abroad"), files) as other:
+        other.offer("did:op:f1", b"40", b"2", allow=[signer.address])
+        other.offer("did:op:f2", ADDS.encode(), type="algorithm")
+        yield other
+
+
+@pytest.fixture(scope="module")
+def jobs(consumer: Consumer, files: FileServer, abroad: OtherProvider) -> dict[str, str]:
     """The jobs of this module by name, all submitted."""
 
     def one(algorithm: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -105,7 +117,15 @@ def jobs(consumer: Consumer, files: FileServer) -> dict[str, str]:
 
     secret = f"?signature={MARKER}"
     two_urls = [files.add(b"first", delay=0.3) + secret, files.add(b"second") + secret]
+    remote = {"serviceId": SERVICE}
+    adds = {**code(""), "rawcode": None, "id": "did:op:f2", "remote": remote}
+    from_abroad = {
+        "input": [{"id": "did:op:f1", "remote": {**remote, "userdata": {"token": MARKER}}}, *data(two_urls[0])],
+        "output": {"metadataUri": abroad.metadata_url},
+    }
     wanted = {
+        "abroad": one({**adds, "sha256": hashlib.sha256(ADDS.encode()).hexdigest()}, **from_abroad),
+        "not approved": one({**adds, "sha256": "ab" * 32}, **from_abroad),
         "everything": workflow(
             stages=[
                 stage(
@@ -207,6 +227,15 @@ print("seen", flush=True)
 """
 
 
+ADDS = """
+import json, os
+folder = os.environ["INPUTS"] + "/f1"
+total = sum(int(open(f"{folder}/{n}").read()) for n in sorted(os.listdir(folder)))
+ddo = json.load(open(os.environ["VOLUME"] + "/ddos/f1"))
+json.dump([total, ddo["services"][0]], open(os.environ["OUTPUTS"] + "/sum.json", "w"))
+"""
+
+
 def statuses(job: Mapping[str, Any]) -> list[int]:
     return [passed["status"] for passed in job["history"]]
 
@@ -290,6 +319,24 @@ def test_independent_stages_run_side_by_side(consumer: Consumer, jobs: Mapping[s
     published = {p["stage"]: float(p["at"]) for p in history if p["status"] == 60}
     assert max(begun[0], begun[1]) < min(published[0], published[1])
     assert begun[2] > published[0]
+
+
+def test_data_and_algorithm_of_another_provider(
+    consumer: Consumer, jobs: Mapping[str, str], abroad: OtherProvider
+) -> None:
+    """Looked up, downloaded with the environment's key, and run; the document is there and tells no source."""
+    job = consumer.wait(jobs["abroad"])
+    assert 70 == job["status"], job["reason"]
+    total, service = json.loads(consumer.read(job, "sum.json"))
+    assert (42, abroad.url, "") == (total, service["serviceEndpoint"], service["files"])
+
+
+def test_an_algorithm_that_was_not_approved_is_32(consumer: Consumer, jobs: Mapping[str, str]) -> None:
+    """What an owner trusts by its checksum and has been changed since is not run."""
+    job = consumer.wait(jobs["not approved"])
+    assert 32 == job["status"]
+    assert "is not the file that was approved" in job["reason"]
+    assert 40 not in statuses(job)
 
 
 def test_a_stage_is_not_begun_after_one_that_failed(consumer: Consumer, jobs: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import ValidationError
 
 from blocks.environment import ComputeEnvironment, load_environments_sync
+from blocks.keys import ProviderKey
 from blocks.limits import GIB, Offer
 from blocks.remote import Access
 from cli.service import ROOT
@@ -25,6 +26,8 @@ from flows.environments import read_definitions, register_from
 from tests.conftest import DEFINITIONS, PrefectServer
 
 MARKER: Final = "hush-a87ff679a2f3"
+KEY: Final = "0c" * 32
+SIGNER: Final = ProviderKey.from_secret(KEY)
 
 
 def written(folder: Path, *environments: dict[str, object]) -> Path:
@@ -92,6 +95,19 @@ def test_how_files_are_reached(tmp_path: Path) -> None:
     assert MARKER not in f"{there!r} {there} {there.access()!r}"
 
 
+@pytest.mark.parametrize("address", ["", SIGNER.address, SIGNER.address.lower()])
+def test_a_key_is_an_environments_address(tmp_path: Path, address: str) -> None:
+    """Orders are made out to the address of its key, unless the offer names it itself; the key is not shown."""
+    (with_key,) = read_definitions(
+        written(tmp_path, one("here", offer={"consumer_address": address}, signer=f"0x{KEY}"))
+    )
+    signer = with_key.access().signer
+    assert signer is not None
+    assert SIGNER.address == signer.address
+    assert (address or SIGNER.address) == with_key.offer.consumer_address
+    assert KEY not in f"{with_key!r} {with_key} {with_key.access()!r} {with_key.model_dump_json()}"
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -107,12 +123,17 @@ def test_how_files_are_reached(tmp_path: Path) -> None:
         {"offer": {"id": "a"}, "work_pool": "p", "arweave_gateway": "ftp://a.example"},
         {"offer": {"id": "a"}, "work_pool": "p", "chains": {"main": "https://a.example"}},
         {"offer": {"id": "a"}, "work_pool": "p", "chains": {"1": "a.example"}},
+        {"offer": {"id": "a"}, "work_pool": "p", "metadata_stores": ["a.example"]},
+        {"offer": {"id": "a"}, "work_pool": "p", "signer": MARKER},
+        {"offer": {"id": "a"}, "work_pool": "p", "signer": "00" * 32},
+        {"offer": {"id": "a", "consumer_address": "0x" + "12" * 20}, "work_pool": "p", "signer": KEY},
     ],
 )
 def test_mistakes_of_an_operator(tmp_path: Path, broken: dict[str, object]) -> None:
     """A definition with a mistake is refused, not read as something near it."""
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError) as refusal:
         read_definitions(written(tmp_path, broken))
+    assert MARKER not in str(refusal.value) and KEY not in str(refusal.value)
 
 
 def test_a_file_without_environments(tmp_path: Path) -> None:
@@ -185,19 +206,23 @@ def test_a_shared_pool_has_slots_for_all(client: SyncPrefectClient, names: list[
 def test_credentials_of_a_store_are_kept_secret(
     client: SyncPrefectClient, prefect_server: PrefectServer, names: list[str], tmp_path: Path
 ) -> None:
-    """Options of a store are there for who needs them, and neither in the API's plain answer nor in the database."""
+    """Options and key are there for who needs them, and neither in the API's plain answer nor in the database."""
     first, second = names
     secret: dict[str, Any] = {
         "results": "s3://bucket",
         "results_options": {"key": MARKER},
         "fetch_options": {"s3": {"key": MARKER}},
+        "signer": KEY,
     }
     register_from(written(tmp_path, one(first, **secret), one(second)))
     block = load_environments_sync(client)[first]
     assert {"key": MARKER} == dict(block.store().storage_options)
     assert {"s3": {"key": MARKER}} == dict(block.access().storage_options)
+    signer = block.access().signer
+    assert signer is not None and SIGNER.address == signer.address == block.offer.consumer_address
     shown = httpx.post(f"{prefect_server.api}/block_documents/filter", json={}).raise_for_status().text
     stored = b"".join(path.read_bytes() for path in prefect_server.database.parent.glob("prefect.db*"))
     assert first in shown and first.encode() in stored
     assert MARKER not in shown and MARKER.encode() not in stored
+    assert KEY not in shown and KEY.encode() not in stored
     assert isinstance(block, ComputeEnvironment)

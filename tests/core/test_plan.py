@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blocks.assets import RemoteAsset
 from blocks.files import ArweaveFile, UrlFile
 from blocks.limits import GIB, FetchLimits, Limits, Offer
 from flows.errors import InvalidWorkflow
@@ -25,6 +26,8 @@ OFFERS: Final = {
 }
 
 
+STORE: Final = {"metadataUri": "https://store.example"}
+REMOTE: Final = {"txId": "0x1", "serviceId": "2"}
 GRAPHQL: Final = {"type": "graphql", "url": "https://a.example/graphql", "query": "{ a }"}
 
 
@@ -62,17 +65,38 @@ def depends(plan: Plan) -> dict[int, tuple[int, ...]]:
         ),
         (stage(input=[{"id": "a"}]), "input.0: give one of url, files, remote, stage; none is given"),
         (
-            stage(input=[{"id": "a", "remote": {"txId": "0x1"}}]),
-            "input.0.remote: looking assets up in a metadata store is not offered yet; give url",
+            stage(input=[{"id": "did:op:a", "remote": REMOTE}]),
+            "output.metadataUri: name the metadata store in which remote assets are to be looked up",
+        ),
+        (
+            stage(input=[{"id": "did:op:a", "remote": REMOTE}], output={"metadataUri": "https://a:b@c"}),
+            "output.metadataUri: it carries credentials",
+        ),
+        (
+            stage(input=[{"id": "a", "remote": REMOTE}], output=STORE),
+            "input.0.id: must be the DID of the remote asset: did:op: and letters, digits, _ and -",
+        ),
+        (
+            stage(input=[{"id": "did:op:a", "remote": {"txId": "0x1"}}], output=STORE),
+            "input.0.remote.serviceId: is required",
+        ),
+        (
+            stage(input=[{"id": "did:op:a", "remote": {**REMOTE, "userdata": [1]}}], output=STORE),
+            "input.0.remote.userdata: must be an object",
         ),
         (stage(input=[data("")]), "input.0.id: is required"),
         (stage(input=[data("a"), data("did:op:a")]), "input.1.id: input 0 has this id too"),
         (stage(input=[data("did:op:algoCustomData.json")]), "input.0.id: is a reserved name"),
         (stage(rawcode=None), "algorithm: give url or rawcode"),
         (stage(rawcode=""), "algorithm: give url or rawcode"),
+        (stage(rawcode=None, algorithm={"remote": REMOTE}, output=STORE), "algorithm.id: is required"),
         (
-            stage(rawcode=None, algorithm={"remote": {"txId": "0x1"}}),
-            "algorithm.remote: looking algorithms up is not offered yet; give url or rawcode",
+            stage(rawcode=None, algorithm={"id": "did:op:a", "remote": REMOTE}),
+            "output.metadataUri: name the metadata store in which remote assets are to be looked up",
+        ),
+        (
+            stage(rawcode=None, algorithm={"id": "did:op:a", "remote": REMOTE, "algouserdata": 7}, output=STORE),
+            "algorithm.algouserdata: must be an object",
         ),
         (
             stage(rawcode="é" * (MAX_RAWCODE // 2 + 1)),
@@ -284,6 +308,56 @@ def test_an_input_has_one_source() -> None:
     assert "stages.0.input.0: give one of url, files, remote, stage; url and remote is given" in problems(
         stage(input=[data("a", remote={"txId": "0x1"})])
     )
+
+
+# Assets that are looked up, and what is known of them.
+
+
+def test_remote_assets() -> None:
+    """What is to be looked up where, by whose order, and what goes to the source."""
+    (only,) = planned(
+        stage(
+            input=[
+                {"id": "did:op:a", "remote": {**REMOTE, "userdata": {"u": 1}}, "ddo": {"id": "did:op:a"}},
+                {"id": "did:op:b", "remote": {"serviceId": "3"}},
+            ],
+            rawcode=None,
+            algorithm={"id": "did:op:c", "remote": REMOTE, "algouserdata": {"v": 2}, "sha256": "AB" * 32},
+            output=STORE,
+        )
+    ).stages
+    url = STORE["metadataUri"]
+    assert [
+        RemoteAsset("did:op:a", "2", "0x1", {"u": 1}, url),
+        RemoteAsset("did:op:b", "3", "", {}, url),
+    ] == [planned.remote for planned in only.inputs]
+    assert RemoteAsset("did:op:c", "2", "0x1", {"v": 2}, url) == only.algorithm_remote
+    assert [{"id": "did:op:a"}, None] == [planned.ddo for planned in only.inputs]
+    assert "ab" * 32 == only.algorithm_sha256
+
+
+@pytest.mark.parametrize(
+    "code", [{"rawcode": "x"}, {"url": "https://a.example"}, {"file": {"url": "https://a.example"}}]
+)
+def test_everything_wins_over_a_remote_algorithm(code: dict[str, Any]) -> None:
+    """An algorithm that is there needs no looking up, and so no metadata store."""
+    (only,) = planned(stage(rawcode=None, algorithm={**code, "remote": {}})).stages
+    assert only.algorithm_remote is None
+
+
+def test_remote_parts_of_a_printed_plan() -> None:
+    """It says where they are, not what they are asked for with."""
+    plan = planned(
+        stage(
+            input=[{"id": "did:op:a", "remote": {**REMOTE, "userdata": {"k": MARKER}}, "ddo": {"k": MARKER}}],
+            rawcode=None,
+            algorithm={"id": "did:op:c", "remote": REMOTE, "algouserdata": {"k": MARKER}},
+            output={"metadataUri": f"https://{MARKER}.example"},
+        )
+    )
+    assert "did:op:a: at another provider" in str(plan)
+    assert "did:op:c (at another provider)" in str(plan)
+    assert MARKER not in f"{plan} {plan!r} {summary_of(plan)} {plan.stages[0]!r}"
 
 
 # What stages wait for.
@@ -646,10 +720,10 @@ ANYTHING: Final = st.recursive(
 )
 KEYS: Final = (
     *("agreementId", "owner", "stages", "index", "input", "compute", "algorithm", "output", "dependsOn"),
-    *("id", "url", "files", "file", "type", "headers", "remote", "stage", "txId", "userdata"),
+    *("id", "url", "files", "file", "type", "headers", "remote", "stage", "txId", "serviceId", "userdata", "ddo"),
     *("Instances", "namespace", "maxtime", "resources", "cpu", "ram", "disk", "gpu"),
     *("rawcode", "container", "image", "tag", "checksum", "entrypoint", "algouserdata", "algocustomdata", "envs"),
-    *("publishoutput", "whitelist", "metadata"),
+    *("publishoutput", "whitelist", "metadata", "metadataUri", "sha256"),
 )
 
 
@@ -661,9 +735,9 @@ def spoiled(draw: st.DrawFn) -> Any:
             stage(0, input=[data("a"), files("b", GRAPHQL)], algorithm={"envs": {"A": "1"}, "algocustomdata": {}}),
             stage(
                 1,
-                input=[outputs_of(0)],
+                input=[outputs_of(0), {"id": "did:op:c", "remote": REMOTE, "ddo": {"id": "did:op:c"}}],
                 compute={"network": False, "resources": {"ram": 1}},
-                output={"whitelist": ["0x1"]},
+                output={"whitelist": ["0x1"], **STORE},
             ),
         ]
     )

@@ -137,11 +137,31 @@ def test_the_sealed_form_is_the_same_document() -> None:
             compute={"resources": {"cpu": 1, "ram": 0.5, "disk": 2, "gpu": 1}},
             output={"publishoutput": 0, "metadata": {"n": {"m": []}}, "whitelist": ["0x1"], "brizoUrl": "https://b"},
         ),
-        stage(7, input=[{"stage": 0}, {"id": "r", "remote": {"txId": "0x1", "serviceId": "2", "userdata": {"u": 1}}}]),
+        stage(
+            7,
+            input=[
+                {"stage": 0},
+                {
+                    "id": "r",
+                    "remote": {"txId": "0x1", "serviceId": "2", "userdata": {"u": 1}},
+                    "ddo": {"id": "r", "stats": {"orders": 1}},
+                },
+            ],
+            algorithm={"sha256": "ab" * 32},
+        ),
     )
     for document in (printed(), full):
         assert document == again(document)
         assert document_digest(document) == document_digest(again(document))
+
+
+def test_a_newer_document_of_an_asset_is_no_other_job() -> None:
+    """Metadata stores count orders in it, so of one sent twice the second would be refused as another."""
+    first, second = (
+        parsed(stage(input=[data("a", ddo={"id": "a", "stats": {"orders": orders}})])) for orders in (1, 2)
+    )
+    assert first != second
+    assert document_digest(first) == document_digest(second)
 
 
 @given(custom=FREE, user=FREE, code=st.text(), variables=st.dictionaries(st.text(), st.text(), max_size=3))
@@ -160,11 +180,20 @@ def test_free_values_survive_sealing(custom: Any, user: Any, code: str, variable
         ("algocustomdata", {"\ud800": 1}),
         ("algocustomdata", float("nan")),
         ("algocustomdata", [float("inf")]),
+        ("algouserdata", float("nan")),
+        ("sha256", "ab" * 31),
+        ("sha256", "sha256:" + "ab" * 32),
     ],
 )
 def test_what_cannot_be_written_down_again_is_refused(key: str, value: object) -> None:
     """Half characters and numbers JSON does not have pass a lenient parser; they must not reach a worker."""
     assert [f"stages.0.algorithm.{key}"] == paths(workflow(stages=[stage(algorithm={key: value})]))
+
+
+@pytest.mark.parametrize("ddo", [[], "x", {"a": "\ud800"}, {"a": float("nan")}, {"a": "x" * 1_000_001}])
+def test_documents_of_assets_are_objects_with_a_bound(ddo: object) -> None:
+    """They pass through the same hands as everything free."""
+    assert ["stages.0.input.0.ddo"] == paths(workflow(stages=[stage(input=[data("a", ddo=ddo)])]))
 
 
 def test_nesting_has_a_bound() -> None:
@@ -206,7 +235,10 @@ def test_no_document_at_all(document: object) -> None:
 
 def with_marker() -> dict[str, Any]:
     return stage(
-        input=[data("a", f"https://a.example/{MARKER}"), {"id": "b", "remote": {"userdata": {"k": MARKER}}}],
+        input=[
+            data("a", f"https://a.example/{MARKER}"),
+            {"id": "b", "remote": {"userdata": {"k": MARKER}}, "ddo": {"k": MARKER}},
+        ],
         url=f"https://a.example/{MARKER}",
         rawcode=MARKER,
         algorithm={
@@ -234,6 +266,7 @@ def test_no_secret_in_what_is_shown_of_a_document() -> None:
         {"rawcode": f"{MARKER}\ud800"},
         {"algocustomdata": {MARKER: "\ud800"}},
         {"remote": MARKER},
+        {"sha256": MARKER},
         {"container": MARKER},
         {"container": {"entrypoint": [MARKER]}},
     ],
