@@ -20,9 +20,9 @@ from flows.broker import Broker
 from flows.errors import InvalidParameter, NotReady, SourceFailed
 
 SECONDS: Final = 60.0
-"""Deadline of looking at the files of one call, checksums among them."""
-MOST: Final = 100
-"""Files looked at in one call."""
+"""Deadline of looking at the files of one call, checksums among them. What is not read by then counts as not valid."""
+MOST: Final = 20_000
+"""Files looked at in one call; as many as a document may name."""
 
 
 async def describe(
@@ -40,11 +40,17 @@ async def describe(
         files = tuple(one.given(parameters) for one in files)
     except BadParameters as fault:
         raise InvalidParameter(f"userdata: {fault}") from None
-    async with remotes(broker.limits, broker.access) as opened:
-        found = await asyncio.gather(
-            *(_described(opened, one, checksum, broker.limits.total_bytes) for one in files[:MOST])
-        )
-    return [{"index": index, **each} for index, each in enumerate(found)]
+    if len(files) > MOST:
+        raise InvalidParameter(f"did: the service has {len(files)} files; at most {MOST} are described")
+    async with remotes(broker.limits, broker.access) as opened, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_described(opened, one, checksum, broker.limits.total_bytes)) for one in files]
+        _, late = await asyncio.wait(tasks, timeout=SECONDS)
+        for task in late:
+            task.cancel()
+    return [
+        {"index": index, **({"valid": False} if task.cancelled() else task.result())}
+        for index, task in enumerate(tasks)
+    ]
 
 
 async def stream(file: File, name: str, broker: Broker) -> Response:
@@ -115,7 +121,7 @@ async def _described(opened: Remotes, file: File, checksum: bool, ceiling: int) 
     digest = hashlib.sha256()
     size = 0
     try:
-        async with asyncio.timeout(SECONDS):
+        async with opened.slot(file):
             source = await opened.open(file)
             try:
                 while block := await source.read():
@@ -127,7 +133,7 @@ async def _described(opened: Remotes, file: File, checksum: bool, ceiling: int) 
                         return {"valid": False}
             finally:
                 await source.close()
-    except (Unreachable, ForbiddenUrl, TimeoutError):
+    except (Unreachable, ForbiddenUrl):
         return {"valid": False}
     whole = size if checksum else source.size
     told: dict[str, Any] = {
