@@ -28,6 +28,7 @@ from eth_account.signers.local import LocalAccount
 from eth_utils.crypto import keccak
 from prefect.blocks.system import Secret
 from prefect.exceptions import ObjectNotFound, PrefectException
+from pydantic_core import from_json
 
 from blocks.assets import Asset, AssetService, LocalAsset
 from blocks.files import BadFile, File, parse_files
@@ -325,8 +326,9 @@ def _opened(encrypted: str, key: ProviderKey) -> Any:
     except (CannotDecrypt, ValueError):
         raise FilesUnavailable(Lack.NOT_FOR_US) from None
     try:
-        return json.loads(plain)
-    except (ValueError, RecursionError):
+        # Anybody can encrypt to us, also what is nested deeper than json takes without ending the process.
+        return from_json(plain)
+    except ValueError:
         raise FilesUnavailable(Lack.BAD_FILE) from None
 
 

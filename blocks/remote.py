@@ -10,7 +10,6 @@ context.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import socket
 import time
@@ -26,6 +25,7 @@ import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from multiformats import CID
+from pydantic_core import from_json
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -467,7 +467,7 @@ async def whole_body(answer: Awaitable[aiohttp.ClientResponse], ceiling: int) ->
 def _check_answer(body: bytes) -> None:
     """An answer that holds no data but errors is none, though its status says 200. Source: spec.graphql.org, 7.1."""
     try:
-        answer = json.loads(body)
+        answer = from_json(body)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import json
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from typing import BinaryIO, Final
 
 import puremagic
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import from_json
 
 from blocks.limits import MIB, FilterLimits
 from blocks.store import Kind, Manifest, ManifestFile, ResultStore, StoreUnavailable
@@ -397,9 +397,10 @@ def _json_type(head: bytes, file: BinaryIO) -> str:
 
 def _parses(text: bytes) -> bool:
     try:
-        json.loads(text)
-    # RecursionError: a hundred thousand brackets are enough.
-    except (ValueError, RecursionError):
+        # Its depth has a bound of its own. That of json is the recursion limit, which other packages raise until a
+        # hundred thousand brackets end the process.
+        from_json(text.removeprefix(codecs.BOM_UTF8), cache_strings=False)
+    except ValueError:
         return False
     return True
 
