@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import shutil
-import subprocess
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -518,24 +515,10 @@ def says(data: bytes, end: int = 0xF3) -> bytes:
 @pytest.fixture(scope="module")
 def node_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Ethereum node, a throw-away chain in it."""
-    program = shutil.which("anvil")
-    if program is None:
-        pytest.skip("needs anvil on the PATH")
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    with (tmp_path_factory.mktemp("chain") / "log").open("wb") as log:
-        process = subprocess.Popen([program, "--port", f"{port}"], stdout=log, stderr=subprocess.STDOUT)
-        try:
-            started = time.monotonic()
-            while time.monotonic() - started < 30:
-                try:
-                    httpx.post(url, json={"jsonrpc": "2.0", "id": 1, "method": "eth_chainId", "params": []})
-                    break
-                except httpx.TransportError:
-                    time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(10)
+    from cli.local_chain import Node  # noqa: PLC0415 - web3 takes seconds, and only these tests need it
+
+    with Node(tmp_path_factory.mktemp("chain"), chain_id=CHAIN) as node:
+        yield node.url
 
 
 def deploy(node_url: str, program: bytes) -> None:

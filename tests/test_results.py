@@ -342,8 +342,8 @@ def test_outputs_and_logs_are_published_in_their_order(
         ("algorithm.log", Kind.OUTPUT),
         ("sub/a.txt", Kind.OUTPUT),
         ("algorithm.log", Kind.ALGORITHM_LOG),
-        ("configuration.log", Kind.CONFIGURATION_LOG),
         ("filtering.log", Kind.FILTERING_LOG),
+        ("configuration.log", Kind.CONFIGURATION_LOG),
         ("publish.log", Kind.PUBLISH_LOG),
     ]
     for file in part.files:
