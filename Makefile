@@ -4,7 +4,7 @@ ARGS ?=
 # What needs no engine that only some machines have.
 ANYWHERE := not docker and not kubernetes
 # What needs nothing started beside it.
-FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and $(ANYWHERE) and not slow
+FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and not clients and $(ANYWHERE) and not slow
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-chain up test check format bench clean

@@ -13,8 +13,9 @@ from api import wire
 from api.auth import Caller
 from api.parameters import parse_object
 from api.service import Service
+from blocks.shapes import JsonText
 from flows.errors import InvalidParameter, JobNotFound, NoSuchResult, Refusal
-from flows.jobs import ADMIN_KINDS, Job, parse_job_id
+from flows.jobs import ADMIN_KINDS, Job, JobQuery, parse_job_id
 
 ADDRESS: Final = r"^0x[0-9a-fA-F]{40}$"
 Address = Annotated[str, Field(pattern=ADDRESS, description="0x and 40 hex digits, in any case of letters")]
@@ -34,8 +35,13 @@ def parse_if_text(value: Any) -> Any:
     return parse_object('{"list": ' + text + "}")["list"]
 
 
+Object = Mapping[str, Any]
 OptionalObject = Annotated[
-    Mapping[str, Any], BeforeValidator(lambda value: {} if value in (None, "") else parse_if_text(value))
+    Object,
+    BeforeValidator(
+        lambda value: {} if value in (None, "") else parse_if_text(value),
+        json_schema_input_type=Object | JsonText | None,
+    ),
 ]
 
 
@@ -60,7 +66,10 @@ def one_job(value: Any) -> Any:
 
 JobId = Annotated[
     str,
-    BeforeValidator(lambda value: value if value == "" else one_job(value)),
+    BeforeValidator(
+        lambda value: value if value == "" else one_job(value),
+        json_schema_input_type=Annotated[str, Field(pattern=r"^([0-9a-fA-F]{32})?$")],
+    ),
     Field(description="32 hex digits; empty is as if it were left out"),
 ]
 
@@ -91,7 +100,7 @@ async def result_of(service: Service, job_id: str, index: int, caller: Caller) -
         JobNotFound: There is none of this id, or none of which this caller may know.
         NoSuchResult
     """
-    found = await service.jobs_for(None, job_id, "", caller)
+    found = await service.jobs_for(JobQuery(job_id=parse_job_id(job_id)), caller)
     if not found or not (caller.admin or caller.address in (found[0].owner.lower(), *found[0].whitelist)):
         raise JobNotFound(f"consumerAddress has no job {job_id}")
     job = found[0]

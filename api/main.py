@@ -14,6 +14,7 @@ from prefect import get_client
 from pydantic import ValidationError
 
 from api.app import create_app
+from api.protocol import JsonProtocol
 from api.settings import Settings
 from blocks.catalogue import Catalogue, Catalogues, LocalCatalogue, MetadataStore
 from blocks.chain import Chain
@@ -77,6 +78,7 @@ async def _serve(settings: Settings) -> None:
             host=settings.host,
             port=settings.port,
             log_level="warning",
+            http=JsonProtocol,
             server_header=False,
             # The address of the peer decides who is on loopback; a header must not be able to say so.
             proxy_headers=False,

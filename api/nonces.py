@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from sqlalchemy import Column, Integer, String, Table, Text, select, tuple_
 from sqlalchemy.dialects import postgresql
@@ -42,7 +42,15 @@ def _nonce(value: Any) -> str:
 
 # The original Provider signs its calls to the operator with milliseconds *with a fraction* (Python's
 # ``timestamp() * 1000``), so digits may follow a point. Kept as the text it was written as: that text is signed.
-Nonce = Annotated[str, BeforeValidator(_nonce)]
+Nonce = Annotated[
+    str,
+    BeforeValidator(
+        _nonce,
+        json_schema_input_type=Annotated[str, Field(pattern=f"^{_WRITTEN.pattern}$", max_length=LONGEST)]
+        | Annotated[int, Field(ge=0)]
+        | Annotated[float, Field(ge=0)],
+    ),
+]
 
 
 class Nonces:

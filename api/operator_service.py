@@ -13,12 +13,13 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import BeforeValidator, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from api import wire
+from api import answers, wire
 from api.auth import ANONYMOUS, Caller
 from api.download import download
 from api.nonces import Nonce
 from api.parameters import Call, documented, given, label, parse_object
 from api.service import Service, ServiceDep
+from blocks.shapes import JsonText, Whole
 from flows.errors import (
     EmptyPayload,
     InvalidParameter,
@@ -48,7 +49,11 @@ def _job_id(text: Any) -> Any:
     return text
 
 
-JobId = Annotated[str, BeforeValidator(_job_id), Field(description="32 hex digits")]
+JobId = Annotated[
+    str,
+    BeforeValidator(_job_id),
+    Field(description="32 hex digits", json_schema_extra={"pattern": "^[0-9a-fA-F]{32}$"}),
+]
 
 
 class Signed(Call):
@@ -86,7 +91,7 @@ class Selection(Signed):
 
 class ResultCall(Signed):
     owner: Name
-    index: int
+    index: Annotated[int, Whole(), Field(description="As `results` tells it")]
     jobId: JobId
 
 
@@ -98,7 +103,9 @@ class Start(Signed):
 
     workflow: Annotated[
         dict[str, Any],
-        BeforeValidator(lambda w: parse_object(w) if isinstance(w, str) else w),
+        BeforeValidator(
+            lambda w: parse_object(w) if isinstance(w, str) else w, json_schema_input_type=Workflow | JsonText
+        ),
         Field(description="Required without jobId; with it, the document that takes the place of the job's"),
     ] = {}  # noqa: RUF012  # pydantic copies it
     agreementId: Name = ""
@@ -153,11 +160,16 @@ SelectionGiven = Annotated[Selection, Depends(given(Selection))]
 ResultGiven = Annotated[ResultCall, Depends(given(ResultCall))]
 SignedGiven = Annotated[Signed, Depends(given(Signed))]
 
+# What the documentation shows calls with.
+_SIGNED: Final = {"providerSignature": answers.SIGNATURE, "nonce": answers.NONCE}
+_NAMED: Final = {**_SIGNED, "owner": answers.ADDRESS, "jobId": answers.JOB_ID}
+
 
 @router.post(
     "/init",
     name="operatorInit",
     response_class=PlainTextResponse,
+    responses=answers.OPERATOR_INIT,
     openapi_extra=documented(Start, EXAMPLE),
 )
 async def init(call: StartGiven, request: Request, service: ServiceDep) -> str:
@@ -165,7 +177,12 @@ async def init(call: StartGiven, request: Request, service: ServiceDep) -> str:
     return (await _start(call, request, service))[0].id
 
 
-@router.get("/status", name="operatorStatus", openapi_extra=documented(Selection, body=False))
+@router.get(
+    "/status",
+    name="operatorStatus",
+    responses=answers.EARLY,
+    openapi_extra=documented(Selection, _NAMED, body=False),
+)
 async def read_status(call: SelectionGiven, request: Request, service: ServiceDep) -> list[wire.EarlyStatus]:
     """Status of every job that matches all that is given; specs 000 and 001. Unsigned it may come without URLs."""
     caller = await _caller(call, request, service, owner=call.owner, job_id=call.jobId, unsigned=True)
@@ -174,40 +191,67 @@ async def read_status(call: SelectionGiven, request: Request, service: ServiceDe
     return [wire.early_status(job, service.settings.status_dialect, view) for job in jobs]
 
 
-@router.post("/compute", name="operatorComputeStart", openapi_extra=documented(Start, EXAMPLE))
+@router.post(
+    "/compute",
+    name="operatorComputeStart",
+    responses=answers.OPERATOR_STARTED,
+    openapi_extra=documented(Start, EXAMPLE),
+)
 async def start(call: StartGiven, request: Request, service: ServiceDep) -> list[wire.OperatorStatus]:
     """Create new job, or restart the one named by jobId; answers its status."""
     job, caller = await _start(call, request, service)
     return [wire.operator_status(job, _view(caller, request, service))]
 
 
-@router.get("/compute", name="operatorComputeStatus", openapi_extra=documented(Selection, body=False))
+@router.get(
+    "/compute",
+    name="operatorComputeStatus",
+    responses=answers.OPERATOR,
+    openapi_extra=documented(Selection, _NAMED, body=False),
+)
 async def compute_status(call: SelectionGiven, request: Request, service: ServiceDep) -> list[wire.OperatorStatus]:
     """Status of every job that matches all that is given."""
     view = await _signed_view(call, request, service)
     return [wire.operator_status(job, view) for job in await service.jobs.find(call.query)]
 
 
-@router.put("/compute", name="operatorComputeStop", openapi_extra=documented(Selection))
+@router.put(
+    "/compute",
+    name="operatorComputeStop",
+    responses=answers.OPERATOR,
+    openapi_extra=documented(Selection, _NAMED, body=False),
+)
 async def stop(call: SelectionGiven, request: Request, service: ServiceDep) -> list[wire.OperatorStatus]:
     """Stop every job that matches all that is given."""
     view = await _signed_view(call, request, service)
     return [wire.operator_status(job, view) for job in await service.jobs.stop(call.query)]
 
 
-@router.delete("/compute", name="operatorComputeDelete", openapi_extra=documented(Selection))
+@router.delete(
+    "/compute",
+    name="operatorComputeDelete",
+    responses=answers.OPERATOR,
+    openapi_extra=documented(Selection, _NAMED, body=False),
+)
 async def delete(call: SelectionGiven, request: Request, service: ServiceDep) -> list[wire.OperatorStatus]:
     """Stop and remove every job that matches all that is given, with all it has left; answers their last status."""
     view = await _signed_view(call, request, service)
     return [wire.operator_status(job, view) for job in await service.jobs.delete(call.query)]
 
 
-@router.head("/getResult", include_in_schema=False)
+@router.head(
+    "/getResult",
+    name="operatorGetResult",
+    response_class=Response,
+    responses=answers.HEAD_OF_FILE,
+    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
+)
 @router.get(
     "/getResult",
     name="operatorGetResult",
     response_class=Response,
-    openapi_extra=documented(ResultCall, body=False),
+    responses=answers.RANGE_OF_FILE,
+    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
 )
 async def get_result(call: ResultGiven, request: Request, service: ServiceDep) -> Response:
     """One file a job has published, by its index in ``results``; whole, or a range of it."""
@@ -217,13 +261,18 @@ async def get_result(call: ResultGiven, request: Request, service: ServiceDep) -
     return await download(request, service.jobs, job, call.index)
 
 
-@router.get("/environments", name="operatorEnvironments")
+@router.get("/environments", name="operatorEnvironments", responses=answers.ENVIRONMENTS)
 async def environments(service: ServiceDep) -> list[wire.Environment]:
     """The compute environments on offer."""
     return [wire.environment(state) for state in await service.jobs.environments()]
 
 
-@router.get("/runningjobs", name="operatorRunningJobs", openapi_extra=documented(Signed, body=False))
+@router.get(
+    "/runningjobs",
+    name="operatorRunningJobs",
+    responses=answers.OPERATOR,
+    openapi_extra=documented(Signed, _SIGNED, body=False),
+)
 async def running_jobs(call: SignedGiven, request: Request, service: ServiceDep) -> list[wire.OperatorStatus]:
     """Every job that has not ended. Here the nonce alone is signed."""
     view = _view(await _caller(call, request, service), request, service)

@@ -14,11 +14,12 @@ from typing import Any, Final, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
 from api.service import ServiceDep
+from blocks.shapes import Aliased
 from flows.errors import EmptyPayload, InvalidParameter, Refusal
 
 MAX_DEPTH: Final = 64
@@ -33,7 +34,7 @@ class BodyTooLarge(Refusal):
         super().__init__(f"The body is larger than {limit} bytes")
 
 
-class Call(BaseModel):
+class Call(Aliased):
     """Base of what a call takes. Names are those on the wire; unknown ones are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -171,41 +172,61 @@ def label(request: Request) -> str:
 
 
 def documented(call: type[Call], example: Any = None, *, body: bool = True) -> dict[str, Any]:
-    """The OpenAPI part of a handler that reads *call*: the same parameters by query or body."""
-    schema = _inlined(call.model_json_schema())
-    required = schema.get("required", [])
-    described: dict[str, Any] = {
-        "parameters": [
-            {
-                "name": name,
-                "in": "query",
-                "required": not body and name in required,
-                "description": part.get("description", ""),
-                **_in_query(part),
-            }
-            for name, part in schema["properties"].items()
-        ]
-    }
+    """
+    The OpenAPI part of a handler that reads *call*: by its JSON body, or with *body* off by the query string.
+
+    Every call takes either, whatever its verb, and the document's introduction says so. It shows one of them for each:
+    a parameter that may stand in two places is required in neither, and such a description allows what is refused.
+    """
+    schema = _plain(_inlined(call.model_json_schema()))
     if body:
         content: dict[str, Any] = {"schema": schema}
         if example is not None:
             content["example"] = example
-        described["requestBody"] = {"required": False, "content": {"application/json": content}}
-    return described
+        return {"requestBody": {"required": True, "content": {"application/json": content}}}
+    required = schema.get("required", [])
+    examples = example or {}
+    return {
+        "parameters": [
+            {
+                "name": name,
+                "in": "query",
+                "required": name in required,
+                "description": part.get("description", ""),
+                **_in_query(part),
+                **({"example": examples[name]} if name in examples else {}),
+            }
+            for name, part in schema["properties"].items()
+        ]
+    }
 
 
 def _in_query(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's schema where it stands in a query string: what is not one word is written as JSON there."""
-    schema = {name: value for name, value in part.items() if name not in ("description", "default", "title")}
-    kinds = [kind for kind in schema.pop("anyOf", [schema]) if kind.get("type") != "null"]
-    if len(kinds) == 1 and kinds[0].get("type") in _WORDS:
-        return {"schema": kinds[0]}
-    if any("type" not in kind or kind["type"] in ("object", "array") for kind in kinds):
-        return {"content": {"application/json": {"schema": {"anyOf": kinds} if len(kinds) > 1 else kinds[0]}}}
-    return {"schema": {"anyOf": kinds}}
+    """
+    A parameter's schema where it stands in a query string: what is not one word is written as JSON there. Of several
+    kinds it is the first, since 1 and "1" are written the same.
+    """
+    schema = {name: value for name, value in part.items() if name not in ("description", "examples")}
+    kind = schema.pop("anyOf", [schema])[0]
+    if kind.get("type") in _WORDS:
+        return {"schema": kind}
+    return {"content": {"application/json": {"schema": kind}}}
 
 
 _WORDS: Final = frozenset({"string", "integer", "number", "boolean"})
+
+
+def _plain(schema: Any) -> Any:
+    """Without titles, which repeat the names, and without defaults that stand for "left out" and cannot be sent."""
+    if isinstance(schema, list):
+        return [_plain(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: {each: _plain(part) for each, part in value.items()} if name == "properties" else _plain(value)
+        for name, value in schema.items()
+        if not (name == "title" and isinstance(value, str)) and not (name == "default" and value in ("", None, {}))
+    }
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

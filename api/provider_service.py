@@ -10,18 +10,20 @@ from uuid import uuid4
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import AliasChoices, BeforeValidator, Field, StringConstraints
+from pydantic import AliasChoices, BeforeValidator, Field, StringConstraints, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from api import wire
+from api import answers, wire
 from api.auth import ANONYMOUS, Caller
 from api.consumers import Address, JobId, OptionalObject, one_job, parse_if_json, parse_if_text, result_of, visible
 from api.download import download as download_result
 from api.files import describe, stream
 from api.nonces import Nonce
 from api.parameters import Call, documented, given, read_body
-from api.service import Service, ServiceDep
+from api.service import Service, ServiceDep, any_spelling
+from blocks.assets import DID_PREFIX
 from blocks.assets import Container as AssetContainer
+from blocks.shapes import JsonText, Switch, Whole
 from flows.broker import AlgorithmAsk, Ask, DatasetAsk
 from flows.errors import AssetRefused, InvalidParameter, MissingParameter, NoSuchResult, NotReady
 from flows.jobs import JobQuery
@@ -56,7 +58,11 @@ class Dataset(Call):
 
 
 class Algorithm(Dataset):
-    meta: Annotated[dict[str, Any] | None, BeforeValidator(parse_if_text)] = None
+    meta: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(parse_if_text, json_schema_input_type=dict[str, Any] | JsonText | None),
+        Field(description="An algorithm that is not published: rawcode, url or remote, and container"),
+    ] = None
     algocustomdata: Annotated[Any, BeforeValidator(parse_if_json)] = None
 
     @property
@@ -71,19 +77,23 @@ class Algorithm(Dataset):
         )
 
 
-Datasets = Annotated[list[Dataset], BeforeValidator(parse_if_text)]
+Datasets = Annotated[list[Dataset], BeforeValidator(parse_if_text, json_schema_input_type=list[Dataset] | JsonText)]
+OneDataset = Annotated[Dataset, BeforeValidator(parse_if_text, json_schema_input_type=Dataset | JsonText)]
+OneAlgorithm = Annotated[Algorithm, BeforeValidator(parse_if_text, json_schema_input_type=Algorithm | JsonText)]
 
 
 class Start(Signed):
-    dataset: Annotated[Dataset, BeforeValidator(parse_if_text)]
-    algorithm: Annotated[Algorithm, BeforeValidator(parse_if_text)]
+    dataset: OneDataset
+    algorithm: OneAlgorithm
     environment: Text = ""
     additionalDatasets: Annotated[
         Any,
         Field(validation_alias=AliasChoices("additionalDatasets", "additionalInputs")),
-        BeforeValidator(parse_if_text),
+        BeforeValidator(parse_if_text, json_schema_input_type=list[Dataset] | JsonText | None),
     ] = None
-    output: Annotated[Any, BeforeValidator(parse_if_text)] = None
+    output: Annotated[Any, BeforeValidator(parse_if_text, json_schema_input_type=dict[str, Any] | JsonText | None)] = (
+        None
+    )
     jobId: Annotated[JobId, Field(description="A job that was stopped or has failed: it is started again")] = ""
 
     @property
@@ -101,6 +111,7 @@ class Start(Signed):
 class Selection(Signed):
     documentId: Text = ""
     jobId: JobId = ""
+    agreementId: Annotated[Text, Field(description="The order that paid, or a documentId; jobId goes before it")] = ""
 
 
 class StatusQuery(Selection):
@@ -108,19 +119,19 @@ class StatusQuery(Selection):
 
 
 class ResultCall(Signed):
-    jobId: Annotated[str, BeforeValidator(one_job)]
-    index: Annotated[int, Field(description="As `results` tells it")]
+    jobId: Annotated[str, BeforeValidator(one_job), Field(json_schema_extra={"pattern": "^[0-9a-fA-F]{32}$"})]
+    index: Annotated[int, Whole(), Field(description="As `results` tells it")]
 
 
 class Compute(Call):
     env: Text = ""
-    validUntil: Annotated[int, Field(ge=0, le=2**53, description="Unix time in seconds")]
+    validUntil: Annotated[int, Whole(ge=0, le=2**53), Field(description="Unix time in seconds")]
 
 
 class Initialize(Call):
     datasets: Datasets
-    algorithm: Annotated[Algorithm, BeforeValidator(parse_if_text)]
-    compute: Annotated[Compute, BeforeValidator(parse_if_text)]
+    algorithm: OneAlgorithm
+    compute: Annotated[Compute, BeforeValidator(parse_if_text, json_schema_input_type=Compute | JsonText)]
     consumerAddress: Address
 
 
@@ -128,7 +139,7 @@ class InitializeAccess(Call):
     documentId: Text
     serviceId: Text
     consumerAddress: Address
-    fileIndex: int | None = None
+    fileIndex: Annotated[int, Whole()] | None = None
     userdata: OptionalObject = Field(default_factory=dict)
 
 
@@ -136,7 +147,7 @@ class Download(Signed):
     documentId: Text
     serviceId: Text
     transferTxId: Text = ""
-    fileIndex: Annotated[int, Field(ge=0)]
+    fileIndex: Annotated[int, Whole(ge=0)]
     userdata: OptionalObject = Field(default_factory=dict)
 
 
@@ -147,7 +158,7 @@ class FileInfo(Call):
 
     did: Text = ""
     serviceId: Text = ""
-    checksum: Annotated[bool, Field(description="Read each file whole and tell its SHA-256")] = False
+    checksum: Annotated[Switch, Field(description="Read each file whole and tell its SHA-256")] = False
     userdata: OptionalObject = Field(default_factory=dict)
 
 
@@ -164,19 +175,21 @@ class NonceQuery(Call):
 
 class TokenCall(Call):
     address: Address
-    expiration: Annotated[int, Field(description="Unix time in seconds, at most 30 days from now")]
+    expiration: Annotated[
+        int, Whole(ge=0, le=2**53), Field(description="Unix time in seconds, at most 30 days from now")
+    ]
     signature: Text = ""
     nonce: Nonce = ""
 
 
 class TokenDelete(TokenCall):
-    expiration: int = 0
+    expiration: Annotated[int, Whole()] = 0
     token: Text
 
 
 class EnvironmentQuery(Call):
-    chainId: int | None = None
-    byChain: Annotated[bool, Field(description="Answer an object keyed by chain id")] = False
+    chainId: Annotated[int, Whole()] | None = None
+    byChain: Annotated[Switch, Field(description="Answer an object keyed by chain id")] = False
 
 
 StartGiven = Annotated[Start, Depends(given(Start))]
@@ -193,8 +206,26 @@ TokenGiven = Annotated[TokenCall, Depends(given(TokenCall))]
 TokenDeleteGiven = Annotated[TokenDelete, Depends(given(TokenDelete))]
 EnvironmentGiven = Annotated[EnvironmentQuery, Depends(given(EnvironmentQuery))]
 
+# What the documentation shows calls with.
+_NAMED: Final = {**answers.CONSUMER, "jobId": answers.JOB_ID}
+_ASSET: Final = {
+    "documentId": answers.DATASET,
+    "serviceId": answers.SERVICE_ID,
+    "consumerAddress": answers.ADDRESS,
+    "fileIndex": 0,
+}
+_TOKEN: Final = {
+    "address": answers.ADDRESS,
+    "signature": answers.SIGNATURE,
+    "nonce": answers.NONCE,
+    "expiration": answers.NONCE // 1000 + 86_400,
+    "token": "WyIweGM0MTgiLDE3OTV.c2lnbmF0dXJl",
+}
 
-@router.post("/compute", name="computeStart", openapi_extra=documented(Start))
+
+@router.post(
+    "/compute", name="computeStart", responses=answers.PROVIDER, openapi_extra=documented(Start, answers.START)
+)
 async def start(
     call: StartGiven, request: Request, service: ServiceDep, token: Token = ""
 ) -> list[wire.ProviderStatus]:
@@ -203,14 +234,19 @@ async def start(
     caller = await _caller(call, [message], service, token)
     earlier = await service.own_job(call.jobId, caller) if call.jobId else None
     approved = await service.broker.approve(call.ask)
-    agreement = earlier.agreement_id if earlier else approved.paid_by or _agreement(caller, call)
+    agreement = approved.agreement(earlier, _agreement(caller, call))
     workflow = await run_in_threadpool(approved.workflow, agreement)
     await service.consumers.use(caller)
     job = await service.start(workflow, earlier)
     return [wire.provider_status(job, visible(job, caller, request, service))]
 
 
-@router.get("/compute", name="computeStatus", openapi_extra=documented(StatusQuery, body=False))
+@router.get(
+    "/compute",
+    name="computeStatus",
+    responses=answers.PROVIDER,
+    openapi_extra=documented(StatusQuery, _NAMED, body=False),
+)
 async def read_status(
     call: StatusGiven, request: Request, service: ServiceDep, token: Token = ""
 ) -> list[wire.ProviderStatus]:
@@ -219,11 +255,16 @@ async def read_status(
     if call.signature or token:
         caller = await _caller(call, [_selected(call)], service, token)
         await service.consumers.use(caller)
-    jobs = await service.jobs_for(call.consumerAddress, call.jobId, call.documentId, caller)
+    jobs = await service.jobs_for(_query(call), caller)
     return [wire.provider_status(job, visible(job, caller, request, service, named=bool(call.jobId))) for job in jobs]
 
 
-@router.put("/compute", name="computeStop", openapi_extra=documented(Selection))
+@router.put(
+    "/compute",
+    name="computeStop",
+    responses=answers.PROVIDER,
+    openapi_extra=documented(Selection, _NAMED, body=False),
+)
 async def stop(
     call: SelectionGiven, request: Request, service: ServiceDep, token: Token = ""
 ) -> list[wire.ProviderStatus]:
@@ -231,11 +272,16 @@ async def stop(
     messages = [_selected(call), f"{call.consumerAddress}{call.jobId}"]
     caller = await _caller(call, messages, service, token, strict=False)
     await service.consumers.use(caller)
-    jobs = await service.jobs.stop(_query(call))
+    jobs = await any_spelling(service.jobs.stop, _query(call))
     return [wire.provider_status(job, visible(job, caller, request, service)) for job in jobs]
 
 
-@router.delete("/compute", name="computeDelete", openapi_extra=documented(Selection))
+@router.delete(
+    "/compute",
+    name="computeDelete",
+    responses=answers.PROVIDER,
+    openapi_extra=documented(Selection, _NAMED, body=False),
+)
 async def delete(
     call: SelectionGiven, request: Request, service: ServiceDep, token: Token = ""
 ) -> list[wire.ProviderStatus]:
@@ -244,7 +290,7 @@ async def delete(
         raise InvalidParameter("jobId: give jobId or documentId, so that it is clear what is to be deleted")
     caller = await _caller(call, [_selected(call)], service, token)
     await service.consumers.use(caller)
-    jobs = await service.jobs.delete(_query(call))
+    jobs = await any_spelling(service.jobs.delete, _query(call))
     return [wire.provider_status(job, visible(job, caller, request, service)) for job in jobs]
 
 
@@ -252,7 +298,8 @@ async def delete(
     "/computeResult",
     name="computeResult",
     response_class=Response,
-    openapi_extra=documented(ResultCall, body=False),
+    responses=answers.RANGE_OF_FILE,
+    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
 )
 async def read_result(call: ResultGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:
     """One file a job has published, by its index in `results`; whole, or a range of it."""
@@ -262,7 +309,12 @@ async def read_result(call: ResultGiven, request: Request, service: ServiceDep, 
     return await download_result(request, service.jobs, job, call.index)
 
 
-@router.get("/computeEnvironments", name="computeEnvironments", openapi_extra=documented(EnvironmentQuery, body=False))
+@router.get(
+    "/computeEnvironments",
+    name="computeEnvironments",
+    responses=answers.ENVIRONMENTS,
+    openapi_extra=documented(EnvironmentQuery, body=False),
+)
 async def environments(
     call: EnvironmentGiven, service: ServiceDep
 ) -> list[wire.Environment] | dict[str, list[wire.Environment]]:
@@ -270,7 +322,12 @@ async def environments(
     return await service.environments(call.chainId, by_chain=call.byChain)
 
 
-@router.post("/initializeCompute", name="initializeCompute", openapi_extra=documented(Initialize))
+@router.post(
+    "/initializeCompute",
+    name="initializeCompute",
+    responses=answers.FEES,
+    openapi_extra=documented(Initialize, answers.INITIALIZE),
+)
 async def initialize_compute(call: InitializeGiven, service: ServiceDep) -> dict[str, Any]:
     """What has to be ordered and paid before a job can be started; names orders that are still good."""
     ask = Ask(
@@ -282,7 +339,12 @@ async def initialize_compute(call: InitializeGiven, service: ServiceDep) -> dict
     return await service.broker.fees(ask, call.compute.validUntil)
 
 
-@router.get("/initialize", name="initialize", openapi_extra=documented(InitializeAccess, body=False))
+@router.get(
+    "/initialize",
+    name="initialize",
+    responses=answers.ACCESS_FEE,
+    openapi_extra=documented(InitializeAccess, _ASSET, body=False),
+)
 async def initialize(call: InitializeAccessGiven, service: ServiceDep) -> dict[str, Any]:
     """What has to be ordered before a file can be downloaded."""
     ask = DatasetAsk(call.documentId, call.serviceId, userdata=call.userdata)
@@ -299,7 +361,13 @@ async def initialize(call: InitializeAccessGiven, service: ServiceDep) -> dict[s
     }
 
 
-@router.get("/download", name="download", response_class=Response, openapi_extra=documented(Download, body=False))
+@router.get(
+    "/download",
+    name="download",
+    response_class=Response,
+    responses=answers.FILE,
+    openapi_extra=documented(Download, {**_ASSET, **answers.CONSUMER, "transferTxId": answers.ORDER}, body=False),
+)
 async def download(call: DownloadGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:
     """A file of an asset that its owner offers for download and the consumer has ordered."""
     caller = await _caller(call, [call.documentId], service, token)
@@ -312,7 +380,12 @@ async def download(call: DownloadGiven, request: Request, service: ServiceDep, t
     return await stream(files[call.fileIndex], f"file{call.fileIndex}", service.broker)
 
 
-@router.post("/fileinfo", name="fileinfo", openapi_extra=documented(FileInfo))
+@router.post(
+    "/fileinfo",
+    name="fileinfo",
+    responses=answers.FILES,
+    openapi_extra=documented(FileInfo, answers.FILE_OBJECT),
+)
 async def file_info(call: FileInfoGiven, service: ServiceDep) -> list[dict[str, Any]]:
     """Whether each file can be read, its size and type, and on demand its checksum."""
     file = {**(call.model_extra or {})}
@@ -331,6 +404,7 @@ async def file_info(call: FileInfoGiven, service: ServiceDep) -> list[dict[str, 
     name="encrypt",
     status_code=201,
     response_class=PlainTextResponse,
+    responses=answers.shown("0x04a3c1f0", status=201, media_type="text/plain"),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -348,7 +422,12 @@ async def encrypt(request: Request, service: ServiceDep, chainId: Annotated[int 
     return "0x" + (await run_in_threadpool(service.broker.key.encrypt, body)).hex()
 
 
-@router.post("/validateContainer", name="validateContainer", openapi_extra=documented(Container))
+@router.post(
+    "/validateContainer",
+    name="validateContainer",
+    responses=answers.shown({"valid": True}),
+    openapi_extra=documented(Container, answers.CONTAINER),
+)
 async def validate_container(call: ContainerGiven) -> Response:
     """Whether an algorithm's container says all that is needed to run it."""
     code = container_refusal(AssetContainer.model_validate(call.model_dump()))
@@ -357,13 +436,23 @@ async def validate_container(call: ContainerGiven) -> Response:
     return JSONResponse({"valid": True})
 
 
-@router.get("/nonce", name="nonce", openapi_extra=documented(NonceQuery, body=False))
+@router.get(
+    "/nonce",
+    name="nonce",
+    responses=answers.shown({"nonce": answers.NONCE}),
+    openapi_extra=documented(NonceQuery, {"userAddress": answers.ADDRESS}, body=False),
+)
 async def nonce(call: NonceGiven, service: ServiceDep) -> dict[str, int | str]:
     """The last nonce accepted for an address; the next one has to be greater. Beyond 2^53 it comes as a string."""
     return {"nonce": wire.exact(await service.consumers.nonces.latest(call.userAddress))}
 
 
-@router.get("/createAuthToken", name="create_auth_token", openapi_extra=documented(TokenCall, body=False))
+@router.get(
+    "/createAuthToken",
+    name="create_auth_token",
+    responses=answers.shown({"token": _TOKEN["token"]}),
+    openapi_extra=documented(TokenCall, _TOKEN, body=False),
+)
 async def create_auth_token(call: TokenGiven, service: ServiceDep) -> dict[str, str]:
     """A token that stands for the signature of `address` until it expires. Signed is address + nonce."""
     caller = await _holder(call, service)
@@ -372,7 +461,12 @@ async def create_auth_token(call: TokenGiven, service: ServiceDep) -> dict[str, 
     return {"token": token}
 
 
-@router.delete("/deleteAuthToken", name="delete_auth_token", openapi_extra=documented(TokenDelete))
+@router.delete(
+    "/deleteAuthToken",
+    name="delete_auth_token",
+    responses=answers.shown({"success": "Token has been deactivated."}),
+    openapi_extra=documented(TokenDelete, _TOKEN, body=False),
+)
 async def delete_auth_token(call: TokenDeleteGiven, service: ServiceDep) -> dict[str, str]:
     """Make a token worthless before it expires. Whoever holds it may do so; signed is address + nonce, if at all."""
     if call.signature:
@@ -404,7 +498,15 @@ def _selected(call: Selection) -> str:
 
 
 def _query(call: Selection) -> JobQuery:
-    return JobQuery(job_id=call.jobId.lower() or None, document_id=call.documentId or None, owner=call.consumerAddress)
+    # ocean.js: agreementId is the order, without 0x, or the data set; beside jobId it may be anything.
+    agreement = "" if call.jobId else call.agreementId
+    by_document = agreement.startswith(DID_PREFIX)
+    return JobQuery(
+        job_id=call.jobId.lower() or None,
+        agreement_id=None if by_document else agreement or None,
+        document_id=call.documentId or (agreement if by_document else None) or None,
+        owner=call.consumerAddress,
+    )
 
 
 def _agreement(caller: Caller, call: Start) -> str:
@@ -423,7 +525,10 @@ def _additional(value: Any) -> tuple[DatasetAsk, ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise AssetRefused("additional_input", "invalid", "additionalDatasets: must be a list of data sets")
-    return tuple(Dataset.model_validate(each).ask for each in value)
+    try:
+        return tuple(Dataset.model_validate(each).ask for each in value)
+    except ValidationError:
+        raise AssetRefused("additional_input", "invalid", "additionalDatasets: a field is of the wrong form") from None
 
 
 def _output(value: Any) -> Mapping[str, Any]:

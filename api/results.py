@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from fastapi.requests import Request
 from fastapi.responses import Response
 
+from api import answers
 from api.download import download
 from api.links import PREFIX
 from api.service import ServiceDep
@@ -15,8 +16,18 @@ from flows.jobs import only_job
 router = APIRouter(prefix=PREFIX, tags=["results"])
 
 
-@router.head("/{token}/{filename:path}", include_in_schema=False)
-@router.get("/{token}/{filename:path}", name="resultLink", response_class=Response)
+@router.head(
+    "/{token}/{filename:path}",
+    name="resultLink",
+    response_class=Response,
+    responses=answers.HEAD_OF_FILE | answers.EXPIRED,
+)
+@router.get(
+    "/{token}/{filename:path}",
+    name="resultLink",
+    response_class=Response,
+    responses=answers.RANGE_OF_FILE | answers.EXPIRED,
+)
 async def follow(token: str, filename: str, request: Request, service: ServiceDep) -> Response:
     """The file a link was made for. The name at its end decides nothing."""
     job_id, index = service.links.resolve(token)

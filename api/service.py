@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, cast
 
 from fastapi import Depends
@@ -12,6 +13,7 @@ from api import wire
 from api.auth import Caller, ConsumerGate, OperatorGate
 from api.links import Links
 from api.settings import Settings
+from blocks.assets import spellings
 from flows.broker import Broker
 from flows.errors import JobNotFound, NoSelector
 from flows.jobs import Job, JobQuery, Jobs, only_job, parse_job_id
@@ -45,23 +47,19 @@ class Service:
             raise JobNotFound(f"No job {parse_job_id(job_id)}")
         return job
 
-    async def jobs_for(self, owner: str | None, job_id: str, document_id: str, caller: Caller) -> list[Job]:
+    async def jobs_for(self, query: JobQuery, caller: Caller) -> list[Job]:
         """
-        The jobs that match, of *owner* where one is given; a job named by its id also for those on its whitelist, and
+        The jobs that match, of an owner where one is given; a job named by its id also for those on its whitelist, and
         for admins.
 
         Raises:
             NoSelector: Nothing is given.
         """
-        if not (owner or job_id or document_id):
+        if query.empty:
             raise NoSelector
-        query = JobQuery(
-            job_id=parse_job_id(job_id) if job_id else None,
-            document_id=document_id or None,
-            owner=None if job_id else owner,
-        )
-        found = await self.jobs.find(query)
-        if not job_id or owner is None or caller.admin:
+        owner = query.owner
+        found = await any_spelling(self.jobs.find, replace(query, owner=None) if query.job_id else query)
+        if not query.job_id or owner is None or caller.admin:
             return found
         return [job for job in found if job.owner.lower() == owner.lower() or caller.address in job.whitelist]
 
@@ -83,6 +81,16 @@ class Service:
         return (
             [] if chain_id is not None and known and chain_id not in known else on(chain_id or next(iter(known), None))
         )
+
+
+async def any_spelling(act: Callable[[JobQuery], Awaitable[list[Job]]], query: JobQuery) -> list[Job]:
+    """Find, stop or delete by an agreement with or without 0x: by the first of its spellings that there is a job under."""
+    if query.agreement_id is None:
+        return await act(query)
+    for spelling in spellings(query.agreement_id):
+        if found := await act(replace(query, agreement_id=spelling)):
+            return found
+    return []
 
 
 def _service(request: Request) -> Service:

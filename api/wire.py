@@ -118,6 +118,8 @@ class BrizoStatus(JobStatus):
     algologUrl: str | None = Field(description="for the owner")
     outputsUrl: list[str] = Field(description="for the owner and the addresses on the whitelist")
     resultsDid: str
+    algorithmLogUrl: str | None = Field(description="as algologUrl; not in the document, but its clients read it")
+    resultsUrls: list[str] = Field(description="as outputsUrl; not in the document, but its clients read it")
 
 
 class Environment(BaseModel):
@@ -202,11 +204,14 @@ def provider_status(job: Job, view: View) -> ProviderStatus:
 
 
 def brizo_status(job: Job, view: View) -> BrizoStatus:
+    log, outputs = _last(view.urls(job, "algorithmLog")), view.urls(job, "output")
     return BrizoStatus(
         **_told(job, Dialect.BRIZO),
-        algologUrl=_last(view.urls(job, "algorithmLog")),
-        outputsUrl=view.urls(job, "output"),
+        algologUrl=log,
+        outputsUrl=outputs,
         resultsDid="",
+        algorithmLogUrl=log,
+        resultsUrls=outputs,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeVar, overload
@@ -227,6 +228,19 @@ class Agreement(_Part):
     """None: whoever the asset's credentials let in."""
     algorithm: Annotated[str, StringConstraints(pattern=DID)] | None = None
     """None: whatever the asset's rules let run."""
+
+
+_HEXADECIMAL: Final = re.compile(r"(?:0x)?([0-9a-f]+)")
+
+
+def spellings(agreement_id: str) -> tuple[str, ...]:
+    """
+    Under which an agreement may be known, the one given first. Some clients leave out 0x, one of them not everywhere.
+    """
+    lower = agreement_id.lower()
+    found = _HEXADECIMAL.fullmatch(lower)
+    digits = (f"0x{found[1]}", found[1]) if found else ()
+    return tuple(dict.fromkeys((agreement_id, lower, *digits)))
 
 
 _Kind = TypeVar("_Kind", bound=Asset)

@@ -77,6 +77,8 @@ _LARGEST_ANSWER: Final = 2 * 1024 * 1024
 """Bytes. An order for fifty services takes a quarter; decoding holds up the event loop."""
 _LONGEST_PROVIDER_DATA: Final = 4_096
 _MOST_REUSES: Final = 4
+_THE_TOKEN: Final = 1
+"""Id of the one token of an asset's NFT; who owns it owns the asset."""
 _MOST_TOKENS: Final = 8
 _POLL_SECONDS: Final = 0.5
 _LAST_MOMENT: Final = 2**53
@@ -153,6 +155,8 @@ class Order:
     fee_token: str
     fee_valid_until: int
     """Unix time; 0 is for ever."""
+    fee_seconds: int | None
+    """What was bought: whole seconds from the offer of the fee to its end; None where it has no end."""
     environment: str | None
 
     def has_paid(self, amount: int, token: str) -> bool:
@@ -236,6 +240,13 @@ class _Fee:
         moment = self.data.get("timestamp")
         usable = isinstance(moment, int | float) and not isinstance(moment, bool) and 0 < moment < _LAST_MOMENT
         return float(cast(float, moment)) if usable else None
+
+    @property
+    def seconds(self) -> int | None:
+        """Both ends are signed, so this is the same whenever it is asked; None where one of them is missing."""
+        if not self.valid_until or self.signed_at is None:
+            return None
+        return max(0, math.floor(self.valid_until - self.signed_at))
 
     @property
     def environment(self) -> str | None:
@@ -330,7 +341,7 @@ class Chain:
         self.provider = provider.lower()
         self._now = now
         self._w3 = AsyncWeb3(_Node(config), middleware=[])
-        self._nft_abi = _abi("ERC721Template", "getMetaData", "isDeployed")
+        self._nft_abi = _abi("ERC721Template", "getMetaData", "isDeployed", "ownerOf")
         self._token_abi = _abi(
             "ERC20Template", "getERC721Address", "decimals", "ProviderFee", "OrderStarted", "OrderReused"
         )
@@ -353,6 +364,7 @@ class Chain:
         consumer: str,
         environment: str | None,
         allow_expired_fees: bool = False,
+        patient: bool = True,
     ) -> Order:
         """
         The order that *tx_id* has placed for *service* of *asset*.
@@ -361,6 +373,7 @@ class Chain:
             consumer: Who wants to use it; has to be the order's consumer or its payer.
             environment: The fee has to be for it; None does not look.
             allow_expired_fees: For asking whether an order can be reused with a new fee.
+            patient: Wait a moment for a transaction that is not mined yet.
 
         Raises:
             OrderInvalid: There is none, or it does not hold any more.
@@ -371,7 +384,7 @@ class Chain:
         _check_tx_id(tx_id)
         if asset.chain_id != self.config.id:
             raise OrderInvalid("The asset is on another chain than the order.")
-        receipt = await self._receipt(tx_id)
+        receipt = await self._receipt(tx_id, patience=self.config.patience if patient else 0.0)
         await self._check_origin(asset.nft_address, service.datatoken)
         await self._check_state(asset.nft_address)
         fee = await self._fee(receipt, service, environment, allow_expired=allow_expired_fees)
@@ -397,6 +410,7 @@ class Chain:
             fee_amount=fee.amount,
             fee_token=fee.token,
             fee_valid_until=fee.valid_until,
+            fee_seconds=fee.seconds,
             environment=fee.environment,
         )
 
@@ -411,7 +425,7 @@ class Chain:
             ChainUnavailable
         """
         _check_tx_id(tx_id)
-        receipt = await self._receipt(tx_id)
+        receipt = await self._receipt(tx_id, patience=self.config.patience)
         started = [(log.address, event) for log, event in self._decoded("OrderStarted", receipt.logs)]
         if not started:
             for log, event in list(self._decoded("OrderReused", receipt.logs))[:_MOST_REUSES]:
@@ -432,6 +446,23 @@ class Chain:
         if len(found) > 1:
             raise OrderInvalid("The transaction orders more than one service.")
         return found.pop()
+
+    async def owner(self, nft: str) -> str | None:
+        """
+        Who owns the NFT of an asset now, in lower case; None if there is no such NFT, or none of the factory's where
+        there is one to ask: any contract can say that it is owned by somebody well known.
+
+        Raises:
+            ChainUnavailable
+        """
+        await self._check_chain()
+        try:
+            contract = self._contract(nft, self._nft_abi)
+            if not await self._is_factorys(contract.address):
+                return None
+            return str(await self._call(contract.functions.ownerOf(_THE_TOKEN))).lower()
+        except (_NoAnswer, ValueError):
+            return None
 
     async def required_fee(self, seconds: float, price_per_minute: Decimal | float) -> int:
         """
@@ -581,8 +612,15 @@ class Chain:
         if self.config.factory is None:
             return True
         factory = self._contract(self.config.factory, self._factory_abi)
-        known = str(await self._call(factory.functions.erc721List(contract.address))).lower() == nft.lower()
-        return known and await self._call(factory.functions.erc20List(token)) is True
+        return await self._is_factorys(nft) and await self._call(factory.functions.erc20List(token)) is True
+
+    async def _is_factorys(self, nft: str) -> bool:
+        """True without a factory. Raises: ValueError for no address; _NoAnswer; ChainUnavailable."""
+        if self.config.factory is None:
+            return True
+        address = AsyncWeb3.to_checksum_address(nft)
+        factory = self._contract(self.config.factory, self._factory_abi)
+        return str(await self._call(factory.functions.erc721List(address))).lower() == address.lower()
 
     async def _check_state(self, nft: str) -> None:
         try:
@@ -611,9 +649,9 @@ class Chain:
             except (MismatchedABI, LogTopicError, InvalidEventABI, TypeError, DecodingError):
                 continue
 
-    async def _receipt(self, tx_id: str) -> _Receipt:
+    async def _receipt(self, tx_id: str, *, patience: float) -> _Receipt:
         """
-        Of a transaction that has succeeded; one that is new is waited for.
+        Of a transaction that has succeeded; one that is new is waited for, *patience* seconds.
 
         Also one the node has not heard of: nodes behind one URL do not all know the same.
         """
@@ -621,8 +659,8 @@ class Chain:
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type((TransactionNotFound, _NotYet)),
-                stop=stop_after_delay(self.config.patience),
-                wait=wait_fixed(min(_POLL_SECONDS, self.config.patience)),
+                stop=stop_after_delay(patience),
+                wait=wait_fixed(min(_POLL_SECONDS, patience)),
                 reraise=True,
             ):
                 with attempt:

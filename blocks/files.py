@@ -57,13 +57,17 @@ class UrlFile(_File):
         """*parameters* are appended to the query; one that the owner has set already cannot be set anew."""
         if not parameters:
             return self
-        parts = urlsplit(self.url)
-        own = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        try:
+            parts = urlsplit(self.url)
+            own = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+            more = urlencode(
+                {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+            )
+        except ValueError:
+            # No URL at all, or half a character (a lone surrogate) in a parameter.
+            raise BadParameters("they do not fit into the URL of this file") from None
         if own & set(parameters):
             raise BadParameters(f"{', '.join(sorted(own & set(parameters)))}: set by the owner of the file")
-        more = urlencode(
-            {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
-        )
         query = f"{parts.query}&{more}" if parts.query else more
         return self.model_copy(update={"url": urlunsplit(parts._replace(query=query))})
 

@@ -59,8 +59,9 @@ class Kind(StrEnum):
 
     OUTPUT = "output"
     ALGORITHM_LOG = "algorithmLog"
-    CONFIGURATION_LOG = "configrationLog"
     FILTERING_LOG = "filteringLog"
+    # Last, as what only admins see: ocean.js and ocean.py ask for the nth of the results they are shown.
+    CONFIGURATION_LOG = "configrationLog"
     PUBLISH_LOG = "publishLog"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import uvicorn
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from eth_account import Account
 from eth_account.messages import encode_defunct
@@ -21,6 +24,7 @@ from eth_utils.crypto import keccak
 from fastapi import FastAPI
 
 from api.app import create_app
+from api.protocol import JsonProtocol
 from api.settings import Settings
 from blocks.catalogue import Catalogues
 from blocks.limits import Limits, Offer
@@ -166,6 +170,20 @@ def client(of: Settings, jobs: MemoryJobs | None = None, peer: str = "127.0.0.1"
 
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(running()) as http:
         yield Client(portal, http, app, jobs)
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The URL of *app* behind a real server, which speaks HTTP as that of ``api.main`` does."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=JsonProtocol, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server has not started"
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
 def spec(name: str) -> Any:

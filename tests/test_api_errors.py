@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from api.parameters import BodyTooLarge
-from flows.errors import InvalidWorkflow, LinkExpired, MissingParameter, NotReady, Problem, Refusal
+from flows.errors import AssetRefused, InvalidWorkflow, LinkExpired, MissingParameter, NotReady, Problem, Refusal
 from flows.jobs import Job, JobQuery, MemoryJobs
+from tests import factories
 from tests.factories import Client, client, offers, settings
 
 STATUS = "/api/v1/operator/status"
@@ -49,6 +52,7 @@ def every_refusal() -> list[Refusal]:
         MissingParameter: MissingParameter("owner", "GET:/status"),
         InvalidWorkflow: InvalidWorkflow([Problem("stages", "is required")]),
         BodyTooLarge: BodyTooLarge(5),
+        AssetRefused: AssetRefused("dataset", "missing", "a text"),
     }
     return [
         made.get(found) or _plain(found)
@@ -186,3 +190,70 @@ def test_an_expired_link_says_what_to_do(failing: Client, jobs: FailingJobs) -> 
     """410, in the words of the refusal."""
     jobs.fault = LinkExpired()
     assert 410 == failing.get(STATUS, params={"owner": "1"}).status_code
+
+
+# What fuzzing has found; tests/test_fuzz.py.
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PATCH", COMPUTE, "DELETE, GET, POST, PUT"),
+        ("OPTIONS", "/api/services/compute", "DELETE, GET, POST, PUT"),
+        ("DELETE", "/api/v1/operator/getResult", "GET, HEAD"),
+        ("POST", "/api/results/token/name", "GET, HEAD"),
+    ],
+)
+def test_a_method_that_is_not_there_is_answered_with_those_that_are(
+    failing: Client, method: str, path: str, allowed: str
+) -> None:
+    """Each is a route of its own; Starlette's Allow tells the first."""
+    answer = failing.request(method, path)
+    assert (405, allowed) == (answer.status_code, answer.headers["allow"])
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [b"hello\r\n\r\n", b"GET / HTTP/1.1\r\nAuthToken: \x00\r\n\r\n", b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n"],
+)
+def test_what_is_no_http_is_answered_in_json(failing: Client, request_head: bytes) -> None:
+    """By the server, before the app hears of it; uvicorn's own answer is plain text."""
+    with factories.serving(failing.app) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+            connection.sendall(request_head)
+            head, _, body = b"".join(iter(lambda: connection.recv(65_536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert ["error"] == list(json.loads(body))
+
+
+def test_the_document_tells_errors_in_json(failing: Client) -> None:
+    """Whatever media type the good answer has; and no 422, which this service never answers."""
+    calls = _calls(failing)
+    for call in calls.values():
+        assert {"400", "500"} <= set(call["responses"])
+        assert "422" not in call["responses"]
+        for status, answer in call["responses"].items():
+            assert int(status) < 400 or ["application/json"] == list(answer["content"]), (call["operationId"], status)
+    assert {"text/plain"} == set(calls["operatorInit"]["responses"]["200"]["content"])
+    assert {"200", "206", "416", "410"} <= set(calls["resultLink"]["responses"])
+    assert {"201"} == {status for status in calls["encrypt"]["responses"] if status < "400"}
+    assert {"operatorGetResultHead", "resultLinkHead"} <= set(calls)
+
+
+def test_the_document_tells_what_is_taken(failing: Client) -> None:
+    """Bounds, forms and every spelling; what may be left out is not told as an empty text."""
+    calls = _calls(failing)
+    start = calls["operatorComputeStart"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    output = start["workflow"]["anyOf"][0]["properties"]["stages"]["items"]["properties"]["output"]["properties"]
+    assert {"publishoutput", "publishOutput", "metadataUri", "metadataUrl"} <= set(output)
+    assert {"string", "integer", "number"} == {kind["type"] for kind in start["nonce"]["anyOf"]}
+    query = {part["name"]: part for part in calls["computeResult"]["parameters"]}
+    assert "^[0-9a-fA-F]{32}$" == query["jobId"]["schema"]["pattern"]
+    assert "integer" == query["index"]["schema"]["type"]
+    assert {"consumerAddress", "jobId", "index"} == {name for name, part in query.items() if part["required"]}
+
+
+def _calls(client: Client) -> dict[str, Any]:
+    paths = client.get("/openapi.json").json()["paths"].values()
+    return {call["operationId"]: call for path in paths for call in path.values()}

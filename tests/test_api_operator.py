@@ -438,7 +438,7 @@ def test_a_selector_is_never_read_as_absent(local: Client, method: str, url: str
         ({"owner": None}, 400, '"owner" is required in the call to GET:/getResult'),
         ({"jobId": None}, 400, '"jobId" is required in the call to GET:/getResult'),
         ({"index": None}, 400, '"index" is required in the call to GET:/getResult'),
-        ({"index": "x"}, 400, "index: Input should be a valid integer, unable to parse string as an integer"),
+        ({"index": "x"}, 400, "index: must be a whole number, or its digits as a text"),
         ({"owner": "0x5"}, 404, "Owner 0x5 mismatch for job {job_id}"),
         ({"index": "-1"}, 404, "Negative index -1"),
         ({"index": "5"}, 404, "No such index 5 in this compute job"),

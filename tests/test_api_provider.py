@@ -585,3 +585,13 @@ def test_the_map_of_endpoints_has_the_names_clients_look_for(house: House) -> No
     }
     assert expected.items() <= about["serviceEndpoints"].items()
     assert {} == about["providerAddresses"]
+
+
+def test_a_time_beyond_any_clock_is_refused(house: House) -> None:
+    """As a fault of the field: as a float it would be none."""
+    nonce = next_nonce()
+    signature = sign(ALICE, f"{ALICE.address}{nonce}")
+    query = {"address": ALICE.address, "nonce": nonce, "signature": signature, "expiration": "9" * 400}
+    for call in ({"params": query}, {"json": {**query, "expiration": 10**400}}):
+        answer = house.client.get(f"{SERVICES}/createAuthToken", **call)
+        assert (400, ["expiration"]) == (answer.status_code, list(answer.json()["errors"]))

@@ -131,6 +131,7 @@ async def test_a_paid_order_is_accepted(chain: LocalChain, bought: Published) ->
         fee_amount=amount,
         fee_token=token.lower(),
         fee_valid_until=int(fee["validUntil"]),
+        fee_seconds=3600,
         environment=ENVIRONMENT,
     )
     assert order.has_paid(amount, token)
@@ -421,6 +422,58 @@ async def test_the_state_of_the_nft(chain: LocalChain, orders: Chain, bought: Pu
         await check(chain, orders, tx_id, asset)
     else:
         assert "not offered any more" in await refusal(chain, orders, tx_id, asset)
+
+
+async def test_who_owns_an_asset(chain: LocalChain, orders: Chain, bought: Published) -> None:
+    """Whoever has its NFT now; written in any way."""
+    assert chain.publisher.address.lower() == await orders.owner(bought.nft.lower())
+    call = chain.nft(bought.nft).functions.transferFrom(chain.publisher.address, chain.stranger.address, 1)
+    chain.send(call, chain.publisher)
+    assert chain.stranger.address.lower() == await orders.owner(bought.nft)
+
+
+@pytest.mark.parametrize("nft", ["", "0x12", ZERO_ADDRESS, "0x" + "12" * 20])
+async def test_what_is_no_nft_has_no_owner(chain: LocalChain, orders: Chain, nft: str) -> None:
+    """An address that is none, or where nothing is; with a factory and without."""
+    assert await orders.owner(nft) is None
+    async with reading(chain, factory=chain.factory.address) as strict:
+        assert await strict.owner(nft) is None
+
+
+async def test_whose_an_nft_says_it_is(chain: LocalChain, orders: Chain, bought: Published) -> None:
+    """Any contract can say so; with a factory only its own are believed, and nonsense is nobody's."""
+    fake = Web3.to_checksum_address("0x" + "78" * 20)
+    replace_code(chain, fake, Return(encode(["address"], [chain.publisher.address])))
+    assert chain.publisher.address.lower() == await orders.owner(fake)
+    async with reading(chain, factory=chain.factory.address) as strict:
+        assert await strict.owner(fake) is None
+        assert chain.publisher.address.lower() == await strict.owner(bought.nft)
+    replace_code(chain, fake, Return(b"\xff" * 3))
+    assert await orders.owner(fake) is None
+    replace_code(chain, fake, Revert(b""))
+    assert await orders.owner(fake) is None
+
+
+@pytest.mark.parametrize(
+    ("valid_until", "offered_at", "seconds"),
+    [(1_000, 400.0, 600), (1_000, 400.25, 599), (1_000, 1_000.5, 0), (0, 400.0, None)],
+)
+async def test_how_much_time_was_bought(
+    chain: LocalChain, orders: Chain, bought: Published, valid_until: int, offered_at: float, seconds: int | None
+) -> None:
+    """Whole seconds between the offer and its end, whenever the order is looked at."""
+    tx_id = chain.order(bought.datatoken, offer(chain, orders, bought, valid_until=valid_until, now=offered_at))
+    order = await check(chain, orders, tx_id, asset_of(bought, chain.chain_id), allow_expired_fees=True)
+    assert seconds == order.fee_seconds
+
+
+async def test_who_is_impatient_is_answered_at_once(chain: LocalChain, bought: Published) -> None:
+    """For asking what can be reused: no transaction of a moment ago."""
+    async with reading(chain, patience=60) as orders:
+        began = time.monotonic()
+        reason = await refusal(chain, orders, "0x" + "ab" * 32, asset_of(bought, chain.chain_id), patient=False)
+    assert "There is no such transaction." == reason
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("nft", ["", "0x12", ZERO_ADDRESS, "0x" + "12" * 20])

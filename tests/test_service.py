@@ -484,9 +484,9 @@ def test_a_part_that_fails_is_shown_by_the_end_of_its_log_without_secrets(tmp_pa
     assert [] == processes(str(state))
 
 
-def demo(state: Path, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def demo(state: Path, variables: Mapping[str, str], command: str = "demo") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [C2D, "demo", "--state", state],
+        [C2D, command, "--state", state],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -501,6 +501,17 @@ def test_the_demo_runs_and_leaves_nothing_running(tmp_path: Path) -> None:
     assert "Job completed" in done.stdout and "stopped everything" in done.stdout
     (chart,) = (tmp_path / "demo" / "results").rglob("chart.svg")
     assert chart.stat().st_size
+    assert [] == processes(str(tmp_path))
+
+
+@pytest.mark.chain
+def test_the_demo_on_a_chain_pays_for_the_same_job(tmp_path: Path) -> None:
+    """Exit code 0, the same report, every process is gone, the node among them."""
+    done = demo(tmp_path / "demo", {}, "demo-chain")
+    assert 0 == done.returncode, done.stdout + done.stderr
+    assert "paid: 1.2" in done.stdout and "Job completed" in done.stdout
+    (report,) = (tmp_path / "demo" / "results").rglob("1/report.md")
+    assert "0.39 ppm" in report.read_text(encoding="utf-8")
     assert [] == processes(str(tmp_path))
 
 

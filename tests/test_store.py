@@ -241,7 +241,7 @@ def test_stages_are_merged_in_their_order(store: ResultStore) -> None:
 
 
 def test_order_of_results() -> None:
-    """Outputs by path, the algorithm's log, then the other logs."""
+    """Outputs by path, the algorithm's log, then the other logs; what only admins see is last."""
     files = [file(kind.value, kind) for kind in reversed(Kind)] + [file("z/a"), file("a/z"), file("B")]
     assert [each.path for each in manifest(*files).ordered()] == [
         "B",
@@ -249,8 +249,8 @@ def test_order_of_results() -> None:
         "output",
         "z/a",
         "algorithmLog",
-        "configrationLog",
         "filteringLog",
+        "configrationLog",
         "publishLog",
     ]
 
