@@ -31,6 +31,7 @@ _JOB: Final = Job(
     status=Status.COMPLETED,
     created=_AT,
     finished=_AT.replace(minute=30),
+    expires=_AT.replace(day=29, minute=30),
     reason="the job has ended",
     progress=1.0,
     history=(Transition(Status.WARMING_UP, _AT), Transition(Status.COMPLETED, _AT.replace(minute=30))),
@@ -78,7 +79,13 @@ RANGE_OF_FILE: Final[Answers] = {
 }
 EXPIRED: Final[Answers] = {
     410: {
-        "description": "The link has expired; the job's status has a new one",
+        "description": "The link has expired, and the job's status has a new one; or its results have",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
+    }
+}
+GONE: Final[Answers] = {
+    410: {
+        "description": "The job's results have expired",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
     }
 }

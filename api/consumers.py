@@ -15,7 +15,7 @@ from api.parameters import parse_object
 from api.service import Service
 from blocks.shapes import JsonText
 from flows.errors import InvalidParameter, JobNotFound, NoSuchResult, Refusal
-from flows.jobs import ADMIN_KINDS, Job, JobQuery, parse_job_id
+from flows.jobs import ADMIN_KINDS, Job, JobQuery, parse_job_id, results_expired
 
 ADDRESS: Final = r"^0x[0-9a-fA-F]{40}$"
 Address = Annotated[str, Field(pattern=ADDRESS, description="0x and 40 hex digits, in any case of letters")]
@@ -98,12 +98,15 @@ async def result_of(service: Service, job_id: str, index: int, caller: Caller) -
 
     Raises:
         JobNotFound: There is none of this id, or none of which this caller may know.
+        ResultsExpired
         NoSuchResult
     """
     found = await service.jobs_for(JobQuery(job_id=parse_job_id(job_id)), caller)
     if not found or not (caller.admin or caller.address in (found[0].owner.lower(), *found[0].whitelist)):
         raise JobNotFound(f"consumerAddress has no job {job_id}")
     job = found[0]
+    if job.expired:
+        raise results_expired(job)
     if not job.results:
         raise NoSuchResult(f"No results for job {job_id}")
     if not 0 <= index < len(job.results):

@@ -29,7 +29,7 @@ from flows.errors import (
     NoSuchResult,
     UnknownEnvironment,
 )
-from flows.jobs import ADMIN_KINDS, Job, JobQuery, only_job, parse_job_id
+from flows.jobs import ADMIN_KINDS, Job, JobQuery, only_job, parse_job_id, results_expired
 from flows.workflow import Name, Workflow, parse_workflow
 
 EXAMPLE: Final = json.loads((files("api") / "examples" / "init.json").read_text(encoding="utf-8"))
@@ -243,14 +243,14 @@ async def delete(call: SelectionGiven, request: Request, service: ServiceDep) ->
     "/getResult",
     name="operatorGetResult",
     response_class=Response,
-    responses=answers.HEAD_OF_FILE,
+    responses=answers.HEAD_OF_FILE | answers.GONE,
     openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
 )
 @router.get(
     "/getResult",
     name="operatorGetResult",
     response_class=Response,
-    responses=answers.RANGE_OF_FILE,
+    responses=answers.RANGE_OF_FILE | answers.GONE,
     openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
 )
 async def get_result(call: ResultGiven, request: Request, service: ServiceDep) -> Response:
@@ -325,9 +325,11 @@ def _view(caller: Caller, request: Request, service: Service) -> wire.View:
 
 
 def _check_result(job: Job, call: ResultCall, caller: Caller) -> None:
-    """Raises NoSuchResult, in the words of the original."""
+    """Raises NoSuchResult, in the words of the original, and ResultsExpired."""
     if call.owner.lower() != job.owner.lower():
         raise NoSuchResult(f"Owner {call.owner} mismatch for job {call.jobId}")
+    if job.expired:
+        raise results_expired(job)
     if not job.results:
         raise NoSuchResult(f"No results for job {call.jobId}")
     if call.index < 0:

@@ -298,7 +298,7 @@ async def delete(
     "/computeResult",
     name="computeResult",
     response_class=Response,
-    responses=answers.RANGE_OF_FILE,
+    responses=answers.RANGE_OF_FILE | answers.GONE,
     openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
 )
 async def read_result(call: ResultGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:

@@ -11,7 +11,7 @@ from api.download import download
 from api.links import PREFIX
 from api.service import ServiceDep
 from flows.errors import NoSuchResult
-from flows.jobs import only_job
+from flows.jobs import only_job, results_expired
 
 router = APIRouter(prefix=PREFIX, tags=["results"])
 
@@ -32,6 +32,8 @@ async def follow(token: str, filename: str, request: Request, service: ServiceDe
     """The file a link was made for. The name at its end decides nothing."""
     job_id, index = service.links.resolve(token)
     job = await only_job(service.jobs, job_id)
+    if job.expired:
+        raise results_expired(job)
     if index >= len(job.results):
         raise NoSuchResult("There is no such result any more")
     return await download(request, service.jobs, job, index)

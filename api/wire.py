@@ -59,13 +59,14 @@ class Passage(BaseModel):
 
 
 class JobStatus(BaseModel):
-    """What every status object tells; the last five are not in the documents."""
+    """What every status object tells; the last five and *expireTimestamp* are not in the documents."""
 
     owner: str
     agreementId: str
     jobId: str
     dateCreated: Timestamp
     dateFinished: Timestamp | None = Field(description="null until the job has ended, whatever became of it")
+    expireTimestamp: Timestamp | None = Field(description="When its results are gone; null until the job has ended")
     status: int
     statusText: str
     reason: str = Field(description="Why the job is where it is and what comes next")
@@ -277,6 +278,7 @@ def _told(job: Job, dialect: Dialect) -> dict[str, Any]:
         "jobId": job.id,
         "dateCreated": timestamp(job.created),
         "dateFinished": timestamp(job.finished) if job.finished else None,
+        "expireTimestamp": timestamp(job.expires) if job.expires else None,
         "status": project(job.status, dialect, stopped_in=job.stopped_in),
         "statusText": job.text,
         "reason": job.reason,

@@ -10,6 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 Positive = Annotated[int, Field(gt=0)]
 
+CENTURY = 3_155_760_000
+"""Seconds. What is to last for ever is given this; far beyond it the calendar of Python ends."""
+
 MIB = 1024**2
 GIB = 1024**3
 
@@ -100,5 +103,5 @@ class Offer(BaseModel):
     fee_token: str = ""
     consumer_address: str = ""
     max_jobs: Positive = 2
-    storage_expiry: Positive = 604_800
-    """Seconds results are kept."""
+    storage_expiry: Annotated[int, Field(gt=0, le=CENTURY)] = 604_800
+    """Seconds results are kept after the end of their job."""

@@ -45,6 +45,7 @@ from blocks.environment import ComputeEnvironment
 from blocks.keys import create_keystore
 from flows.compute import FLOW_NAME
 from flows.environments import read_definitions
+from flows.expire import FLOW_NAME as EXPIRE
 from flows.prefect_jobs import LIVE_STATES
 from flows.sealing import create_key_file
 from tasks.workspace import sweep
@@ -477,13 +478,17 @@ class Service:
             get_client(sync_client=True) as client,
         ):
 
-            def in_progress() -> list[FlowRun]:
+            def in_progress(flow: str) -> list[FlowRun]:
                 return client.read_flow_runs(
-                    flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW_NAME])), flow_run_filter=_IN_PROGRESS
+                    flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])), flow_run_filter=_IN_PROGRESS
                 )
 
+            # It is nobody's job, and comes again by its schedule; left as it is it would hold a slot for ever.
+            while runs := in_progress(EXPIRE):
+                for run in runs:
+                    client.set_flow_run_state(run.id, Cancelled(message="the service was shut down"), force=True)
             # Again until there is none: an answer holds a page at most, and what is dealt with is not in the next.
-            while runs := in_progress():
+            while runs := in_progress(FLOW_NAME):
                 for run in runs:
                     # Not found: it was deleted meanwhile, which the API can do while a worker is being replaced.
                     with suppress(ObjectNotFound):

@@ -141,6 +141,13 @@ class NoSuchResult(Refusal):
     http = 404
 
 
+class ResultsExpired(Refusal):
+    """What the job has published is kept no longer; the message says since when. Its record stays."""
+
+    slug = "results-expired"
+    http = 410
+
+
 class LinkExpired(Refusal):
     slug = "link-expired"
     http = 410

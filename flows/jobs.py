@@ -8,12 +8,19 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import Any
 
 from blocks.limits import Offer
-from flows.errors import AgreementInUse, InvalidParameter, JobNotFound, NoSuchResult, NotRestartable
+from flows.errors import (
+    AgreementInUse,
+    InvalidParameter,
+    JobNotFound,
+    NoSuchResult,
+    NotRestartable,
+    ResultsExpired,
+)
 from flows.plan import Plan, compile_plan
 from flows.status import TERMINAL, TEXT, Status
 from flows.workflow import Workflow
@@ -65,6 +72,10 @@ class Job:
     status: Status
     created: datetime
     finished: datetime | None = None
+    expires: datetime | None = None
+    """When its results are gone; None while it runs, and while its environment is not registered."""
+    expired: bool = False
+    """Whether they are. ``results`` is empty then, whatever there was."""
     detail: str = ""
     """Follows the status text where the table says that the text tells which, as in 41."""
     reason: str = ""
@@ -99,6 +110,15 @@ class Job:
     def restartable(self) -> bool:
         """Whether it was stopped or has failed, so that there is something left of it to do."""
         return self.ended and self.status not in (Status.COMPLETED, Status.DELETED)
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """What one round of ``Jobs.expire`` has come to."""
+
+    removed: tuple[Job, ...] = ()
+    failed: tuple[Job, ...] = ()
+    """The store did not remove what these left, or not all of it; the next round tries again."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +230,7 @@ class Jobs(ABC):
 
         Raises:
             JobNotFound
-            NotRestartable: It is still going, or completed.
+            NotRestartable: It is still going, or completed; or its document has expired and there is no *workflow*.
             InvalidWorkflow: Every problem of *workflow*.
             InvalidParameter: *workflow* has another agreement or owner than the job, or another environment.
         """
@@ -227,12 +247,22 @@ class Jobs(ABC):
         """What is on offer, by id."""
 
     @abstractmethod
+    async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
+        """
+        Remove from the stores what the jobs of *environment* left that expired *grace* seconds ago or earlier. Their
+        records stay.
+
+        Each job is dealt with once for each time it has ended, *most* jobs at a time. A job that is going, or that is
+        restarted at this moment, is left alone. An environment that is not registered has no jobs here.
+        """
+
+    @abstractmethod
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
         """
         Bytes *start* to *end* (exclusive) of a result, in chunks. The iterator blocks.
 
         Raises:
-            JobNotFound, NoSuchResult.
+            JobNotFound, NoSuchResult, ResultsExpired.
         """
 
 
@@ -242,6 +272,35 @@ async def only_job(jobs: Jobs, job_id: str) -> Job:
     if not found:
         raise JobNotFound(f"No job {job_id}")
     return found[0]
+
+
+def expiry_of(job: Job, offer: Offer | None) -> datetime | None:
+    """When the results of *job* expire by what its environment offers now; ``Job.expires``."""
+    return job.finished + timedelta(seconds=offer.storage_expiry) if job.finished and offer else None
+
+
+def as_of(job: Job, now: datetime) -> Job:
+    """
+    *job* as it may be told of at *now*: without results once they have expired.
+
+    Told so on the second, whether or not anybody has removed them yet.
+    """
+    if job.expires is None or now < job.expires or job.expired:
+        return job
+    return replace(job, expired=True, results=(), reason=f"{job.reason}; its results expired at {_second(job.expires)}")
+
+
+def results_expired(job: Job) -> ResultsExpired:
+    """Since when there is nothing to be had of an expired *job*."""
+    assert job.expires is not None  # noqa: S101  # for mypy: it has expired
+    return ResultsExpired(
+        f"The results of job {job.id} expired at {_second(job.expires)}; submit a new job under another agreement to "
+        "compute them again"
+    )
+
+
+def _second(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def not_restartable(job: Job) -> NotRestartable:
@@ -315,6 +374,8 @@ class MemoryJobs(Jobs):
     _jobs: dict[str, Job] = field(default_factory=dict)
     _digests: dict[str, bytes] = field(default_factory=dict)
     _bodies: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    _kept: set[str] = field(default_factory=set)
+    """Jobs that may have left something."""
 
     async def submit(self, workflow: Workflow) -> Job:
         plan = compile_plan(workflow, self.offers)
@@ -323,7 +384,7 @@ class MemoryJobs(Jobs):
             if job.agreement_id == plan.agreement_id:
                 if self._digests[job.id] != digest:
                     raise AgreementInUse
-                return job
+                return as_of(job, self.now())
         at = self.now()
         job = Job(
             id=uuid.uuid4().hex,
@@ -338,6 +399,7 @@ class MemoryJobs(Jobs):
         )
         self._jobs[job.id] = job
         self._digests[job.id] = digest
+        self._kept.add(job.id)
         return job
 
     def move(self, job_id: str, status: Status, *, detail: str = "", reason: str = "") -> Job:
@@ -355,8 +417,8 @@ class MemoryJobs(Jobs):
             history=(*job.history, Transition(status, at)),
             stop_request=StopRequest.STOP if status is Status.STOPPED else job.stop_request,
         )
-        self._jobs[job_id] = moved
-        return moved
+        self._jobs[job_id] = moved = replace(moved, expires=expiry_of(moved, self.offers.get(job.environment)))
+        return as_of(moved, at)
 
     def publish(self, job_id: str, results: Iterable[tuple[Result, bytes]]) -> None:
         """Give a job results, in their order on the wire."""
@@ -366,7 +428,9 @@ class MemoryJobs(Jobs):
             self._bodies[job_id, index] = body
 
     async def find(self, query: JobQuery) -> list[Job]:
-        return sorted((job for job in self._jobs.values() if query.matches(job)), key=lambda job: job.created)
+        now = self.now()
+        found = sorted((job for job in self._jobs.values() if query.matches(job)), key=lambda job: job.created)
+        return [as_of(job, now) for job in found]
 
     async def running(self) -> list[Job]:
         return sorted((job for job in self._jobs.values() if not job.ended), key=lambda job: job.created)
@@ -378,7 +442,8 @@ class MemoryJobs(Jobs):
         return await self.find(query)
 
     async def restart(self, job_id: str, workflow: Workflow | None = None) -> Job:
-        job = await only_job(self, job_id)
+        await only_job(self, job_id)
+        job = self._jobs[job_id]
         if not job.restartable:
             raise not_restartable(job)
         changes: dict[str, Any] = {}
@@ -394,6 +459,7 @@ class MemoryJobs(Jobs):
             detail="",
             reason="waiting for a worker",
             finished=None,
+            expires=None,
             stopped_in=Status.WARMING_UP,
             stage=None,
             progress=0.0,
@@ -402,16 +468,27 @@ class MemoryJobs(Jobs):
             stop_request=StopRequest.NONE,
             **changes,
         )
+        self._kept.add(job_id)
         return self._jobs[job_id]
 
     async def delete(self, query: JobQuery) -> list[Job]:
         deleted = []
         for job in await self.stop(query):
             last = job.stopped_in if job.status is Status.STOPPED else job.status
-            deleted.append(replace(self.move(job.id, Status.DELETED), stopped_in=last, removed=True, results=()))
+            gone = self.move(job.id, Status.DELETED)
+            deleted.append(replace(gone, stopped_in=last, removed=True, results=(), expires=None, expired=False))
             del self._jobs[job.id], self._digests[job.id]
             self._bodies = {key: body for key, body in self._bodies.items() if key[0] != job.id}
         return deleted
+
+    async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
+        before = self.now() - timedelta(seconds=grace)
+        found = [as_of(job, before) for job in self._jobs.values() if job.environment == environment]
+        expired = [job for job in found if job.expired and job.id in self._kept][:most]
+        gone = {job.id for job in expired}
+        self._kept -= gone
+        self._bodies = {key: body for key, body in self._bodies.items() if key[0] not in gone}
+        return Expiry(removed=tuple(expired))
 
     async def environments(self) -> list[EnvironmentState]:
         return [
@@ -420,7 +497,9 @@ class MemoryJobs(Jobs):
         ]
 
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
-        await only_job(self, job_id)
+        job = await only_job(self, job_id)
+        if job.expired:
+            raise results_expired(job)
         if (job_id, index) not in self._bodies:
             raise NoSuchResult(f"No such index {index} in this compute job")
         return iter([self._bodies[job_id, index][start:end]])

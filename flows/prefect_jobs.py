@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -23,6 +23,7 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -38,18 +39,22 @@ from blocks.environment import ComputeEnvironment, load_environments
 from blocks.store import Manifest, NotStored, StoreUnavailable
 from flows.build import fetch_key
 from flows.compute import DOCUMENT, FLOW_NAME
-from flows.errors import AgreementInUse, JobNotFound, NoSuchResult, NotReady
+from flows.errors import AgreementInUse, JobNotFound, NoSuchResult, NotReady, NotRestartable
 from flows.jobs import (
     EnvironmentState,
+    Expiry,
     Job,
     JobQuery,
     Jobs,
     Result,
     Transition,
+    as_of,
     check_takes_over,
     document_digest,
+    expiry_of,
     not_restartable,
     only_job,
+    results_expired,
     summary_of,
 )
 from flows.plan import Plan, compile_plan
@@ -78,9 +83,24 @@ RESTARTS: Final = "job-restarts"
 RESTART_DECAY: Final = 0.02
 """Slots a second that it frees by itself: of an API that died with the slot nothing is left after 50 s."""
 
+KEPT: Final = "kept"
+"""Tag of a run that may have left something: since it was taken in or restarted, until that was removed."""
+
+REMOVING: Final = "removing:"
+"""
+What begins a second tag of a run while what it left is being removed; the Unix time of the beginning follows.
+
+A tag and not a lock: Prefect's limits forget a holder after a while (``RESTART_DECAY``), and a removal that takes
+longer than that must not meet a restart.
+"""
+
+REMOVAL_SECONDS: Final = 3600.0
+"""After so long whoever began a removal is taken for dead, and another takes it up."""
+
 LIVE_STATES: Final = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 _WAITING: Final = [StateType.SCHEDULED]
 _BUSY: Final = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+_ENDED: Final = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
 
 _JOBS: Final = FlowFilter(name=FlowFilterName(any_=[FLOW_NAME]))
 
@@ -107,6 +127,7 @@ def _tags(plan: Plan) -> list[str]:
         _agreement_tag(plan.agreement_id),
         _environment_tag(plan.stages[0].environment),
         _document_tag(summary_of(plan)["document"]),
+        KEPT,
     ]
 
 
@@ -218,7 +239,7 @@ class PrefectJobs(Jobs):
                 parameters, tags = await self._parameters(workflow, plan, environment), _tags(plan)
             try:
                 await self._check_shuts_in(environment)
-                before = await self._requeue(run, parameters, tags)
+                before = await self._requeue(run, environment, parameters, tags)
             except BaseException:
                 if parameters is not None:
                     await _remove_document(environment, parameters)
@@ -237,6 +258,8 @@ class PrefectJobs(Jobs):
         return [
             replace(
                 job,
+                expires=None,
+                expired=False,
                 status=Status.DELETED,
                 detail="",
                 reason="deleted on request, with everything it left",
@@ -249,6 +272,52 @@ class PrefectJobs(Jobs):
             for job in jobs
         ]
 
+    async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
+        removed: list[Job] = []
+        failed: list[Job] = []
+        async with _reaching_out():
+            # Not as the cache has it: what is removed is gone.
+            block = (await load_environments(self._client)).get(environment)
+            if block is None:
+                return Expiry()
+            before = datetime.now(UTC) - timedelta(seconds=block.offer.storage_expiry + grace)
+            wanted = _in_states(_ENDED, _environment_tag(environment), KEPT)
+            wanted.end_time = FlowRunFilterEndTime(before_=before)
+            for run in (await self._runs(wanted, most=most))[:most]:
+                parameters = await self._begin_removal(run.id, before)
+                if parameters is None:
+                    continue
+                (job,) = await self._jobs_of([run])
+                try:
+                    await asyncio.to_thread(block.store().delete_job, job.id)
+                    await _remove_document(block, parameters)
+                except StoreUnavailable:
+                    failed.append(job)
+                    await self._end_removal(run.id, kept=True)
+                else:
+                    removed.append(job)
+                    await self._end_removal(run.id, kept=False)
+        return Expiry(tuple(removed), tuple(failed))
+
+    async def unattended(self) -> int:
+        """
+        Jobs that have left something and whose environment is not registered any more: nothing says for how long it
+        is to be kept, nor where it is.
+        """
+        async with _reaching_out():
+            tags = [_environment_tag(name) for name in await load_environments(self._client)]
+            left, known = await asyncio.gather(
+                self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(_ENDED, KEPT)),
+                self._client.count_flow_runs(
+                    flow_filter=_JOBS,
+                    flow_run_filter=FlowRunFilter(
+                        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_ENDED)),
+                        tags=FlowRunFilterTags(all_=[KEPT], any_=tags),
+                    ),
+                ),
+            )
+        return left - known
+
     async def environments(self) -> list[EnvironmentState]:
         known = self._offers_cache.get(None)
         if known is None:
@@ -260,6 +329,8 @@ class PrefectJobs(Jobs):
 
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
         job = await only_job(self, job_id)
+        if job.expired:
+            raise results_expired(job)
         if not 0 <= index < len(job.results):
             raise NoSuchResult(f"No such index {index} in this compute job")
         async with _reaching_out():
@@ -305,7 +376,11 @@ class PrefectJobs(Jobs):
         return runs[0], job
 
     async def _requeue(
-        self, run: FlowRun, parameters: Mapping[str, Any] | None, tags: Sequence[str] | None
+        self,
+        run: FlowRun,
+        environment: ComputeEnvironment,
+        parameters: Mapping[str, Any] | None,
+        tags: Sequence[str] | None,
     ) -> Mapping[str, Any]:
         """
         Put an ended run back into the queue, once, whoever else is at it.
@@ -321,12 +396,47 @@ class PrefectJobs(Jobs):
         """
         async with self._alone():
             now, _ = await self._restartable(run.id.hex)
+            if _removal(now) is not None:
+                raise NotReady("What this job left has expired and is being removed; try again in a moment.")
+            if parameters is None and KEPT not in now.tags and not await _has_document(environment, now.parameters):
+                raise NotRestartable(
+                    f"The document of job {run.id.hex} has expired with its results; send it along as `workflow`"
+                )
             given = dict(parameters or now.parameters)
             # Task runs of earlier tries stay on record; this tells them from those to come.
             given["summary"] = {**given["summary"], "tries": now.run_count}
-            await self._client.update_flow_run(run.id, parameters=given, tags=tags)
+            # What it leaves from now on is to be removed once more.
+            marked = {*(tags or now.tags), KEPT}
+            await self._client.update_flow_run(run.id, parameters=given, tags=marked)
             await self._client.set_flow_run_state(run.id, Scheduled(), force=True)
         return now.parameters
+
+    async def _begin_removal(self, run_id: UUID, before: datetime) -> Mapping[str, Any] | None:
+        """
+        Mark a run that ended *before* as one that is not to be restarted until ``_end_removal``.
+
+        Returns:
+            Its parameters; None if it is not to be touched: it has been restarted or deleted, another is at it, or
+            it cannot be known at this moment.
+        """
+        try:
+            # The same as for restarts, so that none comes between our look at the run and its mark.
+            async with self._alone():
+                run = await self._client.read_flow_run(run_id)
+                since = _removal(run)
+                going_on = since is not None and time.time() - since < REMOVAL_SECONDS
+                ended = run.state is not None and run.state.is_final() and run.state.timestamp <= before
+                if going_on or not ended or KEPT not in run.tags:
+                    return None
+                await self._client.update_flow_run(run_id, tags=[*_unmarked(run), KEPT, f"{REMOVING}{time.time():.0f}"])
+        except (NotReady, ObjectNotFound):
+            return None
+        return run.parameters
+
+    async def _end_removal(self, run_id: UUID, *, kept: bool) -> None:
+        with suppress(ObjectNotFound):
+            tags = _unmarked(await self._client.read_flow_run(run_id))
+            await self._client.update_flow_run(run_id, tags=[*tags, KEPT] if kept else tags)
 
     async def _cancel(self, run_id: UUID) -> None:
         try:
@@ -365,7 +475,8 @@ class PrefectJobs(Jobs):
         except ObjectNotFound:
             return
 
-    async def _runs(self, wanted: FlowRunFilter) -> list[FlowRun]:
+    async def _runs(self, wanted: FlowRunFilter, *, most: int | None = None) -> list[FlowRun]:
+        """Oldest first. With *most* no more pages are asked for than it takes to have so many."""
         runs: list[FlowRun] = []
         read = 0
         while True:
@@ -379,7 +490,7 @@ class PrefectJobs(Jobs):
             read += len(page)
             # A run started by hand, from the UI say, is no job: nothing tells whose it would be.
             runs.extend(run for run in page if "fingerprint" in (run.parameters.get("summary") or {}))
-            if len(page) < PAGE:
+            if len(page) < PAGE or (most is not None and len(runs) >= most):
                 return sorted(runs, key=_created)
 
     async def _jobs_of(self, runs: Sequence[FlowRun]) -> list[Job]:
@@ -410,7 +521,11 @@ class PrefectJobs(Jobs):
                 ):
                     self._ended[_key(run)] = job
             jobs.append(job)
-        return jobs
+        # Not remembered with the rest: an operator may change for how long results are kept.
+        blocks = await self._blocks() if any(job.ended for job in jobs) else {}
+        now = datetime.now(UTC)
+        offers = {name: block.offer for name, block in blocks.items()}
+        return [as_of(replace(job, expires=expiry_of(job, offers.get(job.environment))), now) for job in jobs]
 
     async def _steps(self, run_ids: Sequence[UUID]) -> dict[UUID, list[TaskRun]]:
         found: dict[UUID, list[TaskRun]] = {}
@@ -539,6 +654,22 @@ async def _remove_document(block: ComputeEnvironment, parameters: Mapping[str, A
     """Delete the stored document of a run with these parameters, if it has one."""
     if parameters.get("stored_in"):
         await asyncio.to_thread(block.documents().delete_job, parameters["sealed"])
+
+
+async def _has_document(block: ComputeEnvironment, parameters: Mapping[str, Any]) -> bool:
+    """Whether the sealed document of a run with these parameters can be had."""
+    if not parameters.get("stored_in"):
+        return True
+    return await asyncio.to_thread(block.documents().exists, parameters["sealed"], DOCUMENT)
+
+
+def _removal(run: FlowRun) -> float | None:
+    """Unix time since when what *run* left is being removed; None if it is not."""
+    return next((float(tag.removeprefix(REMOVING)) for tag in run.tags if tag.startswith(REMOVING)), None)
+
+
+def _unmarked(run: FlowRun) -> list[str]:
+    return [tag for tag in run.tags if tag != KEPT and not tag.startswith(REMOVING)]
 
 
 def _key(run: FlowRun) -> tuple[UUID, UUID]:

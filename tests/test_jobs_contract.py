@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -16,7 +18,8 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from blocks.environment import state_folder
+from blocks.environment import load_environments, state_folder
+from blocks.store import Kind, Manifest, ManifestFile
 from cli.service import free_port
 from flows.errors import (
     AgreementInUse,
@@ -26,20 +29,25 @@ from flows.errors import (
     NoSuchResult,
     NotReady,
     NotRestartable,
+    ResultsExpired,
 )
-from flows.jobs import Job, JobQuery, Jobs, MemoryJobs
-from flows.prefect_jobs import PrefectJobs
+from flows.jobs import Expiry, Job, JobQuery, Jobs, MemoryJobs
+from flows.prefect_jobs import KEPT, REMOVAL_SECONDS, REMOVING, PrefectJobs
 from flows.sealing import Seal, create_key_file
 from flows.status import Status
 from flows.workflow import Workflow, parse_workflow
 from tests import documents
 from tests.conftest import PrefectServer
 from tests.documents import data, offer, stage
+from tests.factories import result
 
 pytestmark = pytest.mark.anyio
 
 ENVIRONMENT: Final = "unattended"
 """Nobody runs its jobs, so that they wait for as long as a test looks at them."""
+
+FADING: Final = "fading"
+"""The same, and what its jobs leave expires after a second."""
 
 MARKER: Final = "hush-c4ca4238a0b923"
 
@@ -48,7 +56,7 @@ Opened = Callable[[], AbstractAsyncContextManager[Jobs]]
 
 @asynccontextmanager
 async def in_memory() -> AsyncIterator[Jobs]:
-    yield MemoryJobs({ENVIRONMENT: offer(ENVIRONMENT)})
+    yield MemoryJobs({ENVIRONMENT: offer(ENVIRONMENT), FADING: offer(FADING, storage_expiry=1)})
 
 
 @asynccontextmanager
@@ -83,11 +91,18 @@ async def prefect_jobs(prefect_server: PrefectServer) -> AsyncIterator[PrefectJo
         yield implementation
 
 
-def document(*, agreement: str = "", owner: str = "", more: dict[str, Any] | None = None, **stage_of: Any) -> Workflow:
+def document(
+    *,
+    agreement: str = "",
+    owner: str = "",
+    environment: str = ENVIRONMENT,
+    more: dict[str, Any] | None = None,
+    **stage_of: Any,
+) -> Workflow:
     """One that nobody else has: agreement and owner are made up where they are not given."""
     return parse_workflow(
         documents.workflow(
-            stages=[stage(environment=ENVIRONMENT, **stage_of)],
+            stages=[stage(environment=environment, **stage_of)],
             agreement=agreement or uuid4().hex,
             owner=owner or f"0x{uuid4().hex}AB",
             **(more or {}),
@@ -451,7 +466,185 @@ async def test_a_result_that_is_not_there(jobs: Jobs, index: int) -> None:
         await jobs.read(uuid4().hex, index, 0, 1)
 
 
+# Expiry.
+
+
+async def published(jobs: Jobs, job: Job) -> None:
+    """The job has one result, put where its flow would put it."""
+    if isinstance(jobs, MemoryJobs):
+        jobs.publish(job.id, [result("x.txt", b"done")])
+        return
+    async with get_client() as client:
+        store = (await load_environments(client))[job.environment].store()
+    put = store.put_bytes(job.id, "0/output/x.txt", b"done")
+    file = ManifestFile(
+        path="x.txt",
+        name="0/output/x.txt",
+        size=put.size,
+        sha256=put.sha256,
+        type="text/plain",
+        kind=Kind.OUTPUT,
+        stage=0,
+    )
+    store.publish_manifest(job.id, 0, Manifest(files=(file,), created=datetime.now(UTC)))
+
+
+async def ended(jobs: Jobs, **wanted: Any) -> Job:
+    """A job that was stopped after it had published."""
+    job = await jobs.submit(document(**wanted))
+    await published(jobs, job)
+    return await only(jobs.stop(by_id(job)))
+
+
+async def past(job: Job) -> None:
+    assert job.expires is not None
+    await asyncio.sleep((job.expires - datetime.now(UTC)).total_seconds() + 0.05)
+
+
+async def test_results_expire_some_time_after_the_end(jobs: Jobs) -> None:
+    """A job that is going has no such time; one that has ended has it, and its results until then."""
+    waiting = await jobs.submit(document())
+    job = await ended(jobs)
+    assert job.finished is not None
+    assert (None, job.finished + timedelta(days=7)) == (waiting.expires, job.expires)
+    assert (False, ["x.txt"]) == (job.expired, [each.filename for each in job.results])
+    assert b"done" == b"".join(await jobs.read(job.id, 0, 0, 4))
+
+
+async def test_a_job_past_its_expiry_keeps_its_record(jobs: Jobs) -> None:
+    """All but its results, and says since when they are gone; whether or not anybody has removed them."""
+    job = await ended(jobs, environment=FADING)
+    await past(job)
+    told = await only(jobs.find(by_id(job)))
+    assert job.expires is not None
+    assert (True, (), job.expires) == (told.expired, told.results, told.expires)
+    assert told.reason.endswith(f"its results expired at {job.expires:%Y-%m-%dT%H:%M:%SZ}")
+    same = {name: getattr(job, name) for name in ("status", "stopped_in", "created", "finished", "history", "owner")}
+    assert same == {name: getattr(told, name) for name in same}
+    with pytest.raises(ResultsExpired, match="expired at"):
+        await jobs.read(job.id, 0, 0, 4)
+    await jobs.expire(FADING)
+    assert told == await only(jobs.find(by_id(job)))
+    with pytest.raises(ResultsExpired):
+        await jobs.read(job.id, 0, 0, 4)
+
+
+async def test_what_has_expired_is_removed_once(jobs: Jobs) -> None:
+    """Neither before nor again, nor within the time of grace."""
+    job = await ended(jobs, environment=FADING)
+    other = await ended(jobs)
+    going = await jobs.submit(document(environment=FADING))
+    assert job.id not in [each.id for each in (await jobs.expire(FADING)).removed]
+    await past(job)
+    assert job.id not in [each.id for each in (await jobs.expire(FADING, grace=60)).removed]
+    done = await jobs.expire(FADING, most=1000)
+    assert job.id in [each.id for each in done.removed]
+    assert () == done.failed
+    assert (Expiry(), Expiry()) == (await jobs.expire(FADING), await jobs.expire("nowhere"))
+    assert [other] == await jobs.find(by_id(other))
+    assert [going] == await jobs.find(by_id(going))
+    await jobs.delete(by_id(going))
+
+
+async def test_a_bounded_number_is_removed_at_a_time(jobs: Jobs) -> None:
+    """The next round goes on."""
+    await jobs.expire(FADING, most=1000)
+    expired = [await ended(jobs, environment=FADING) for _ in range(3)]
+    await past(expired[-1])
+    rounds = [[job.id for job in (await jobs.expire(FADING, most=2)).removed] for _ in range(3)]
+    assert [2, 1, 0] == [len(found) for found in rounds]
+    assert {job.id for job in expired} == {job for found in rounds for job in found}
+
+
+@pytest.mark.parametrize("removed", [False, True])
+async def test_a_restarted_job_expires_anew(jobs: Jobs, removed: bool) -> None:
+    """While it is going nothing of it is removed, and after its next end it has all its time again."""
+    job = await ended(jobs, environment=FADING)
+    await past(job)
+    if removed:
+        await jobs.expire(FADING, most=1000)
+    queued = await jobs.restart(job.id)
+    assert (None, False) == (queued.expires, queued.expired)
+    assert job.id not in [each.id for each in (await jobs.expire(FADING)).removed]
+    await published(jobs, job)
+    again = await only(jobs.stop(by_id(job)))
+    assert job.expires is not None and again.expires is not None
+    assert job.expires < again.expires
+    assert ["x.txt"] == [each.filename for each in again.results]
+    await past(again)
+    assert job.id in [each.id for each in (await jobs.expire(FADING, most=1000)).removed]
+
+
+async def test_a_restart_at_the_same_time(jobs: Jobs) -> None:
+    """Whichever comes first, what the job leaves from its restart on is not removed with what it left before."""
+    for _ in range(3):
+        job = await ended(jobs, environment=FADING)
+        await past(job)
+        _, answer = await asyncio.gather(jobs.expire(FADING, most=1000), jobs.restart(job.id), return_exceptions=True)
+        if isinstance(answer, NotReady):
+            answer = await jobs.restart(job.id)
+        assert isinstance(answer, Job), answer
+        await published(jobs, job)
+        assert () == (await jobs.expire(FADING)).removed
+        assert 1 == len((await only(jobs.stop(by_id(job)))).results)
+
+
 # Only over Prefect.
+
+
+@pytest.mark.server
+async def test_nothing_is_left_of_what_has_expired(prefect_jobs: PrefectJobs) -> None:
+    """Neither results nor a document too large for Prefect, without which a restart needs another one."""
+    wanted = document(environment=FADING, rawcode=large())
+    job = await prefect_jobs.submit(wanted)
+    await published(prefect_jobs, job)
+    stopped = await only(prefect_jobs.stop(by_id(job)))
+    assert stored(job.id)
+    await past(stopped)
+    await prefect_jobs.expire(FADING, most=1000)
+    assert not [path for path in state_folder().rglob("*") if path.is_file() and job.id in str(path)]
+    with pytest.raises(NotRestartable, match="send it along"):
+        await prefect_jobs.restart(job.id)
+    assert Status.WARMING_UP is (await prefect_jobs.restart(job.id, wanted)).status
+    await prefect_jobs.delete(by_id(job))
+
+
+@pytest.mark.server
+async def test_a_removal_that_was_cut_off(prefect_jobs: PrefectJobs) -> None:
+    """Meanwhile the job is not restarted; after a while another takes it up."""
+    job = await ended(prefect_jobs, environment=FADING)
+    await past(job)
+    async with get_client() as client:
+        tags = (await client.read_flow_run(UUID(job.id))).tags
+        await client.update_flow_run(UUID(job.id), tags=[*tags, f"{REMOVING}{time.time():.0f}"])
+        with pytest.raises(NotReady, match="being removed"):
+            await prefect_jobs.restart(job.id)
+        assert job.id not in [each.id for each in (await prefect_jobs.expire(FADING, most=1000)).removed]
+        await client.update_flow_run(UUID(job.id), tags=[*tags, f"{REMOVING}{time.time() - 2 * REMOVAL_SECONDS:.0f}"])
+        assert [job.id] == [each.id for each in (await prefect_jobs.expire(FADING, most=1000)).removed]
+        assert {*tags} - {KEPT} == {*(await client.read_flow_run(UUID(job.id))).tags}
+    assert Status.WARMING_UP is (await prefect_jobs.restart(job.id)).status
+    await prefect_jobs.delete(by_id(job))
+
+
+@pytest.mark.server
+async def test_a_job_whose_environment_is_not_registered_any_more(
+    prefect_jobs: PrefectJobs, prefect_server: PrefectServer
+) -> None:
+    """Nothing says for how long it is to be kept: nothing is removed, and it is counted."""
+    job = await ended(prefect_jobs, environment=FADING)
+    before = await prefect_jobs.unattended()
+    async with get_client() as client:
+        tags = (await client.read_flow_run(UUID(job.id))).tags
+        await client.update_flow_run(
+            UUID(job.id), tags=[tag for tag in tags if not tag.startswith("environment:")] + ["environment:gone"]
+        )
+    assert before + 1 == await prefect_jobs.unattended()
+    assert Expiry() == await prefect_jobs.expire("gone")
+    assert stored(job.id)
+    async with get_client() as client:
+        await client.update_flow_run(UUID(job.id), tags=tags)
+    await prefect_jobs.delete(by_id(job))
 
 
 @pytest.mark.server
