@@ -103,5 +103,7 @@ class Offer(BaseModel):
     fee_token: str = ""
     consumer_address: str = ""
     max_jobs: Positive = 2
+    max_wait: Annotated[int, Field(ge=0, le=CENTURY)] = 86_400
+    """Seconds a job may wait for its turn; past them it ends as expired in the queue. 0: for ever."""
     storage_expiry: Annotated[int, Field(gt=0, le=CENTURY)] = 604_800
     """Seconds results are kept after the end of their job."""

@@ -19,9 +19,10 @@ from blocks.environment import ComputeEnvironment, load_environments_sync, state
 from blocks.store import StoreUnavailable
 from flows.build import StageResult, run_plan
 from flows.errors import InvalidWorkflow
+from flows.jobs import waited_too_long
 from flows.plan import Plan, compile_plan
 from flows.sealing import Seal
-from flows.states import ended_state
+from flows.states import ended_state, waited
 from flows.status import Phase, Status
 from flows.steps import settle, step_keys
 from flows.workflow import parse_workflow
@@ -63,6 +64,7 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     job_id = str(flow_run.id).replace("-", "")
     with get_client(sync_client=True) as client:
         environments = load_environments_sync(client)
+        seconds = waited(client.read_flow_run_states(flow_run.id))
     if stored_in is not None:
         sealed = environments[stored_in].documents().read_bytes(sealed, DOCUMENT).decode("ascii")
     seal = Seal.from_file(key_file())
@@ -72,6 +74,10 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     except InvalidWorkflow as refusal:
         # It was valid when it was taken in, so an environment has changed since.
         return ended_state(Status.RUN_FAILED, f"refused: the environment has changed: {refusal}")
+    offer = environments[plan.stages[0].environment].offer
+    if 0 < offer.max_wait < seconds:
+        # A worker that was away for long may come before anyone has looked at the job.
+        return ended_state(Status.EXPIRED_IN_QUEUE, waited_too_long(offer))
     get_run_logger().info("plan\n%s", plan)
     if obstacle := _obstacle(plan, environments):
         return ended_state(Status.RUN_FAILED, f"refused: {obstacle}")

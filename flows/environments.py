@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 from prefect.plugins import load_prefect_collections
 from prefect.utilities.templating import apply_values
@@ -36,32 +36,45 @@ def _filled(value: Any) -> Any:
 
 
 def register_from(path: Path) -> list[str]:
-    """Register every environment that *path* defines, and its work pool. Safe to repeat. Returns their ids."""
+    """
+    Register every environment that *path* defines, its work pool, and its queue in that. Safe to repeat.
+
+    Returns their ids.
+    """
     environments = read_definitions(path)
     pools = {environment.work_pool: environment.work_pool_type for environment in environments}
     with get_client(sync_client=True) as client:
         for name, kind in pools.items():
-            slots = sum(each.offer.max_jobs for each in environments if each.work_pool == name)
-            _ensure_pool(client, name, kind, slots)
+            _ensure_pool(client, name, kind)
+        for environment in environments:
+            _ensure_queue(client, environment.work_pool, environment.offer.id, environment.offer.max_jobs)
     for environment in environments:
         environment.save(environment.offer.id, overwrite=True)
     return [environment.offer.id for environment in environments]
 
 
-def _ensure_pool(client: SyncPrefectClient, name: str, kind: str, slots: int) -> None:
-    """
-    Make the pool, or bring the limit of the one there is up to date; what else an operator changed in it stays.
-
-    ``max_jobs`` is the pool's concurrency limit: Prefect's own queue, so that a waiting job costs nothing.
-    """
+def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
+    """Make the pool; in one that is there, what an operator changed stays, a limit of the whole pool among it."""
     try:
         client.read_work_pool(name)
     except ObjectNotFound:
-        client.create_work_pool(
-            WorkPoolCreate(name=name, type=kind, base_job_template=_template(kind), concurrency_limit=slots)
-        )
+        client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=_template(kind)))
+
+
+def _ensure_queue(client: SyncPrefectClient, pool: str, name: str, slots: int) -> None:
+    """
+    Make the queue of an environment in its pool, or bring the limit of the one there is up to date.
+
+    ``max_jobs`` is the queue's concurrency limit: Prefect's own, so that a waiting job costs nothing. A queue and not
+    the pool, so that an environment whose slots are taken does not hold up another one: Prefect looks at the limit of
+    each queue before it gives out what waits.
+    """
+    try:
+        queue = client.read_work_queue_by_name(name, work_pool_name=pool)
+    except ObjectNotFound:
+        client.create_work_queue(name, work_pool_name=pool, concurrency_limit=slots)
     else:
-        client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=slots))
+        client.update_work_queue(queue.id, concurrency_limit=slots)
 
 
 def _template(kind: str) -> dict[str, Any]:

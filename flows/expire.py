@@ -1,9 +1,11 @@
 """
-The deployed flow that removes what has expired. One deployment for each work pool, on a schedule of Prefect's.
+The deployed flow that removes what has expired, and ends jobs that have waited for too long. One deployment for each
+work pool, on a schedule of Prefect's.
 
 In the pool of the environments it is about: so it reaches the stores that their workers reach, and the job folders of
 the machine that it runs on. Nothing depends on when it runs: what has expired is told as such on the second
-(``flows.jobs.as_of``), and is out of reach from then on.
+(``flows.jobs.as_of``), and is out of reach from then on. So is a job that has waited for too long: who looks at it ends
+it.
 """
 
 from __future__ import annotations
@@ -71,10 +73,12 @@ async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
         blocks = await load_environments(client)
         removed: list[Job] = []
         failed: list[str] = []
+        waiting = 0
         for name, block in sorted(blocks.items()):
             if this.work_pool_name not in (None, block.work_pool):
                 continue
             try:
+                waiting += len(await jobs.expire_waiting(name, most=most))
                 done = await jobs.expire(name, grace=grace, most=most)
             except NotReady as fault:
                 logger.warning("%s: %s", name, fault)
@@ -93,7 +97,7 @@ async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
             key=ARTIFACT,
             description=f"Results that expired and were removed; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         )
-    told = f"results of {len(removed)} jobs removed"
+    told = f"results of {len(removed)} jobs removed, {waiting} jobs expired in the queue"
     return Failed(message=f"{told}; not all of {', '.join(failed)}") if failed else Completed(message=told)
 
 

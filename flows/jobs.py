@@ -247,6 +247,13 @@ class Jobs(ABC):
         """What is on offer, by id."""
 
     @abstractmethod
+    async def expire_waiting(self, environment: str, *, most: int = 100) -> list[Job]:
+        """
+        End the jobs of *environment* that have waited for longer than its ``max_wait`` and that nobody has looked at
+        since; who looks at one ends it. At most *most*, the oldest first; answers those.
+        """
+
+    @abstractmethod
     async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
         """
         Remove from the stores what the jobs of *environment* left that expired *grace* seconds ago or earlier. Their
@@ -277,6 +284,16 @@ async def only_job(jobs: Jobs, job_id: str) -> Job:
 def expiry_of(job: Job, offer: Offer | None) -> datetime | None:
     """When the results of *job* expire by what its environment offers now; ``Job.expires``."""
     return job.finished + timedelta(seconds=offer.storage_expiry) if job.finished and offer else None
+
+
+def overdue(since: datetime, offer: Offer | None, now: datetime) -> bool:
+    """Whether a job that was queued at *since* has waited for longer than its environment lets it."""
+    return offer is not None and 0 < offer.max_wait < (now - since).total_seconds()
+
+
+def waited_too_long(offer: Offer) -> str:
+    """Why a job has expired in the queue, and what can be done."""
+    return f"its turn in `{offer.id}` did not come within {offer.max_wait} s; restart it to queue it again"
 
 
 def as_of(job: Job, now: datetime) -> Job:
@@ -380,6 +397,7 @@ class MemoryJobs(Jobs):
     async def submit(self, workflow: Workflow) -> Job:
         plan = compile_plan(workflow, self.offers)
         digest = document_digest(workflow)
+        self._end_overdue()
         for job in self._jobs.values():
             if job.agreement_id == plan.agreement_id:
                 if self._digests[job.id] != digest:
@@ -427,12 +445,26 @@ class MemoryJobs(Jobs):
         for index, (_, body) in enumerate(pairs):
             self._bodies[job_id, index] = body
 
+    def _end_overdue(self) -> list[Job]:
+        """Who looks at a job that has waited for too long ends it."""
+        now = self.now()
+        found = [
+            (job, offer)
+            for job in self._jobs.values()
+            if job.status is Status.WARMING_UP
+            and (offer := self.offers.get(job.environment)) is not None
+            and overdue(job.history[-1].at, offer, now)
+        ]
+        return [self.move(job.id, Status.EXPIRED_IN_QUEUE, reason=waited_too_long(offer)) for job, offer in found]
+
     async def find(self, query: JobQuery) -> list[Job]:
+        self._end_overdue()
         now = self.now()
         found = sorted((job for job in self._jobs.values() if query.matches(job)), key=lambda job: job.created)
         return [as_of(job, now) for job in found]
 
     async def running(self) -> list[Job]:
+        self._end_overdue()
         return sorted((job for job in self._jobs.values() if not job.ended), key=lambda job: job.created)
 
     async def stop(self, query: JobQuery) -> list[Job]:
@@ -480,6 +512,9 @@ class MemoryJobs(Jobs):
             del self._jobs[job.id], self._digests[job.id]
             self._bodies = {key: body for key, body in self._bodies.items() if key[0] != job.id}
         return deleted
+
+    async def expire_waiting(self, environment: str, *, most: int = 100) -> list[Job]:
+        return [job for job in self._end_overdue() if job.environment == environment][:most]
 
     async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
         before = self.now() - timedelta(seconds=grace)

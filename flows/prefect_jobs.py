@@ -25,17 +25,20 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterEndTime,
     FlowRunFilterId,
+    FlowRunFilterNextScheduledStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import Artifact, FlowRun, State, StateType, TaskRun
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import FlowRunWaitTimeout, ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 from prefect.flow_runs import wait_for_flow_run
 from prefect.states import Cancelled, Cancelling, Scheduled
 
 from blocks.environment import ComputeEnvironment, load_environments
+from blocks.limits import Offer
 from blocks.store import Manifest, NotStored, StoreUnavailable
 from flows.build import fetch_key
 from flows.compute import DOCUMENT, FLOW_NAME
@@ -54,13 +57,28 @@ from flows.jobs import (
     expiry_of,
     not_restartable,
     only_job,
+    overdue,
     results_expired,
     summary_of,
+    waited_too_long,
 )
 from flows.plan import Plan, compile_plan
 from flows.reasons import RESUMING, STOPPING, silent, why_ended, why_live, why_waiting
 from flows.sealing import Seal
-from flows.states import Steps, history, live_status, of_tries, run_status, steps_of, stop_request, transitions
+from flows.states import (
+    Steps,
+    expired_in_queue,
+    history,
+    is_taken_out,
+    live_status,
+    of_tries,
+    queued_at,
+    run_status,
+    steps_of,
+    stop_request,
+    taken_out_of_the_queue,
+    transitions,
+)
 from flows.status import BY_TEXT, Phase, Status
 from flows.workflow import Workflow
 from tasks.workspace import remove_job
@@ -73,6 +91,12 @@ LARGEST_PARAMETER: Final = 256 * 1024
 
 STOP_DEADLINE: Final = 15
 """Seconds a stop waits for the job's process to be gone before it answers all the same."""
+
+PLACES: Final = 25
+"""Waiting jobs of one answer that are told how many are before them; each costs a request."""
+
+AT_ONCE: Final = 20
+"""Jobs that are ended at the same time because they have waited for too long."""
 
 SETTLED: Final = 30.0
 """Seconds after a run's end until its task runs are surely recorded: Prefect records them behind the run."""
@@ -272,6 +296,21 @@ class PrefectJobs(Jobs):
             for job in jobs
         ]
 
+    async def expire_waiting(self, environment: str, *, most: int = 100) -> list[Job]:
+        async with _reaching_out():
+            block = (await self._blocks()).get(environment)
+            if block is None or not block.offer.max_wait:
+                return []
+            tag = _environment_tag(environment)
+            wanted = _in_states(_WAITING, tag)
+            wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
+                before_=datetime.now(UTC) - timedelta(seconds=block.offer.max_wait)
+            )
+            # Those whose end was cut off are not scheduled any more, and so have no such time.
+            taken = [run for run in await self._runs(_in_states([StateType.PENDING], tag)) if is_taken_out(run.state)]
+            jobs = await self._jobs_of([*taken, *await self._runs(wanted, most=most)][:most])
+        return [job for job in jobs if job.status is Status.EXPIRED_IN_QUEUE]
+
     async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
         removed: list[Job] = []
         failed: list[Job] = []
@@ -352,6 +391,8 @@ class PrefectJobs(Jobs):
             # One agreement, one run, whatever arrives at the same time: Prefect's database holds the key unique.
             idempotency_key=f"agreement:{hashlib.sha256(plan.agreement_id.encode()).hexdigest()}",
             tags=_tags(plan),
+            # Its environment's own queue, whose limit is max_jobs: full, it is in nobody else's way.
+            work_queue_name=environment,
         )
 
     async def _parameters(self, workflow: Workflow, plan: Plan, environment: ComputeEnvironment) -> dict[str, Any]:
@@ -493,7 +534,64 @@ class PrefectJobs(Jobs):
             if len(page) < PAGE or (most is not None and len(runs) >= most):
                 return sorted(runs, key=_created)
 
+    async def _end_overdue(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
+        """*runs* as they are once those that have waited for too long are ended; without those that are deleted."""
+        waiting = [run for run in runs if queued_at(run.state) is not None or is_taken_out(run.state)]
+        blocks = await self._blocks() if waiting else {}
+        now = datetime.now(UTC)
+        ended: dict[UUID, FlowRun | None] = {}
+        late: list[tuple[FlowRun, Offer]] = []
+        for run in waiting:
+            block = blocks.get(run.parameters["summary"]["environments"][0])
+            since = queued_at(run.state)
+            if block is not None and (since is None or overdue(since, block.offer, now)):
+                late.append((run, block.offer))
+        for start in range(0, len(late), AT_ONCE):
+            part = late[start : start + AT_ONCE]
+            found = await asyncio.gather(*(self._end_waiting(run, offer) for run, offer in part))
+            ended.update({run.id: now_is for (run, _), now_is in zip(part, found, strict=True)})
+        told = (ended.get(run.id, run) for run in runs)
+        return [run for run in told if run is not None]
+
+    async def _end_waiting(self, run: FlowRun, offer: Offer) -> FlowRun | None:
+        """
+        End a run that waits, if it still does; the server decides. Answers it as it is afterwards, None if deleted.
+        """
+        try:
+            if not is_taken_out(run.state):
+                answer = await self._client.set_flow_run_state(run.id, taken_out_of_the_queue())
+                if answer.status is not SetStateStatus.ACCEPT:
+                    return await self._client.read_flow_run(run.id)
+            # Whoever has taken it out may be gone: then the next that looks does this.
+            await self._client.set_flow_run_state(run.id, expired_in_queue(waited_too_long(offer)))
+            return await self._client.read_flow_run(run.id)
+        except ObjectNotFound:
+            return None
+
+    async def _places(self, runs: Sequence[FlowRun], environments: Mapping[str, EnvironmentState]) -> dict[UUID, int]:
+        """How many runs of its environment come before each of *runs* that waits for a slot of a worker there is."""
+        now = datetime.now(UTC)
+        asked: list[tuple[UUID, FlowRunFilter]] = []
+        for run in runs:
+            name = run.parameters["summary"]["environments"][0]
+            environment = environments.get(name)
+            if queued_at(run.state) is None or environment is None or silent(environment.last_seen, now):
+                continue
+            wanted = _in_states(_WAITING, _environment_tag(name))
+            # The order in which Prefect gives the runs of a queue to workers.
+            wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
+                before_=run.next_scheduled_start_time
+            )
+            asked.append((run.id, wanted))
+        asked = asked[:PLACES]
+        counts = await asyncio.gather(
+            *(self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=wanted) for _, wanted in asked)
+        )
+        # It is among those counted.
+        return {run_id: max(0, count - 1) for (run_id, _), count in zip(asked, counts, strict=True)}
+
     async def _jobs_of(self, runs: Sequence[FlowRun]) -> list[Job]:
+        runs = await self._end_overdue(runs)
         open_runs = [run for run in runs if _key(run) not in self._ended]
         steps = await self._steps([run.id for run in open_runs])
         fetches = await self._fetches([run.id for run in open_runs if run.state and run.state.is_running()])
@@ -504,12 +602,15 @@ class PrefectJobs(Jobs):
         }
         waiting = any(run.state is None or run.state.is_scheduled() for run in open_runs)
         environments = {state.offer.id: state for state in await self.environments()} if waiting else {}
+        places = await self._places(open_runs, environments)
         jobs: list[Job] = []
         for run in runs:
             job = self._ended.get(_key(run))
             if job is None:
                 current = steps_of(of_tries(steps.get(run.id, ()), 1 + (_tries(run) or 0)), of=run.state)
-                job = _job_of(run, current, fetches, environments, histories.get(run.id))
+                job = _job_of(
+                    run, current, fetches, environments, past=histories.get(run.id), before=places.get(run.id)
+                )
                 if job.ended:
                     # Not before: while stages are still publishing, indexes would shift under the consumer.
                     results = await self._results(job)
@@ -697,9 +798,14 @@ def _job_of(
     steps: Steps,
     fetches: Mapping[tuple[UUID, str], Artifact],
     environments: Mapping[str, EnvironmentState],
+    *,
     past: Sequence[Transition] | None,
+    before: int | None,
 ) -> Job:
-    """*steps* are those since the last restart. *past* is its whole history, for a run that was begun several times."""
+    """
+    *steps* are those since the last restart. *past* is its whole history, for a run that was begun several times.
+    *before* is how many come first, of a run that waits and where that is known.
+    """
     summary = run.parameters["summary"]
     status, stage = run_status(run.state, steps)
     state = run.state
@@ -727,7 +833,15 @@ def _job_of(
         created=created,
         finished=state.timestamp if final and state is not None else None,
         detail=message if status is Status.RUN_FAILED else "",
-        reason=_reason(state, status, stage, summary=summary, fetch=fetch, environment=environments.get(environment)),
+        reason=_reason(
+            state,
+            status,
+            stage,
+            summary=summary,
+            fetch=fetch,
+            environment=environments.get(environment),
+            before=before,
+        ),
         stopped_in=_before_the_end(steps, run) if status is Status.STOPPED else Status.WARMING_UP,
         stage=stage,
         stages=len(summary["stages"]),
@@ -774,6 +888,7 @@ def _reason(
     summary: Mapping[str, Any],
     fetch: Artifact | None,
     environment: EnvironmentState | None,
+    before: int | None,
 ) -> str:
     if state is not None and state.is_final():
         return why_ended(status, _told(state), stage=stage, stages=len(summary["stages"]))
@@ -782,7 +897,7 @@ def _reason(
     if state is not None and state.name == "AwaitingRetry":
         return RESUMING
     if state is None or state.is_scheduled():
-        return why_waiting(environment, datetime.now(UTC))
+        return why_waiting(environment, datetime.now(UTC), before)
     return why_live(
         status,
         seconds=summary["seconds"].get(str(stage)),

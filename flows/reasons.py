@@ -30,8 +30,8 @@ def silent(last_seen: datetime | None, now: datetime) -> bool:
     return last_seen is None or (now - last_seen).total_seconds() > SILENT_AFTER
 
 
-def why_waiting(environment: EnvironmentState | None, now: datetime) -> str:
-    """For a job no worker has taken yet."""
+def why_waiting(environment: EnvironmentState | None, now: datetime, before: int | None = None) -> str:
+    """For a job no worker has taken yet. *before* is how many jobs of its environment come first; None: not known."""
     if environment is None:
         return "waiting for a worker"
     offer = environment.offer
@@ -41,8 +41,20 @@ def why_waiting(environment: EnvironmentState | None, now: datetime) -> str:
         seconds = (now - environment.last_seen).total_seconds()
         return f"waiting for a worker: none has reported for `{offer.id}` for {seconds:.0f} s"
     if environment.running >= offer.max_jobs:
-        return f"waiting for a free slot: {environment.running} of {offer.max_jobs} jobs are running in `{offer.id}`"
-    return "waiting to be picked up by a worker"
+        slots = f"{environment.running} of {offer.max_jobs} jobs are running in `{offer.id}`"
+        return f"waiting for a free slot: {slots}{_place(before)}"
+    return f"waiting to be picked up by a worker{_place(before) if before else ''}"
+
+
+def _place(before: int | None) -> str:
+    match before:
+        case None:
+            return ""
+        case 0:
+            return "; this one is next"
+        case 1:
+            return "; 1 job is before this one"
+    return f"; {before} jobs are before this one"
 
 
 def why_live(status: Status, *, seconds: float | None = None, fetching: str | None = None) -> str:

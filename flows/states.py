@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from prefect.client.schemas.objects import State, StateType, TaskRun
@@ -40,6 +41,56 @@ CACHED: Final = "Cached"
 
 _PLAIN: Final = ("Completed", CACHED)
 """Names of the states of steps that did what they were to do, now or in an earlier try; other names tell endings."""
+
+EXPIRING: Final = "waited for too long"
+"""Message of the state of a run that has been taken out of the queue and whose end is about to be recorded."""
+
+
+def taken_out_of_the_queue() -> State[None]:
+    """
+    What is proposed for a run that has waited for too long, and accepted only while it waits.
+
+    Prefect lets nobody propose ``Pending``, by this name, for a run that is pending, running, cancelling or cancelled:
+    that is how of several workers one gets a run. So of a worker and of whoever ends the waiting one succeeds.
+    """
+    return State(type=StateType.PENDING, name="Pending", message=EXPIRING)
+
+
+def is_taken_out(state: State[Any] | None) -> bool:
+    return state is not None and state.type is StateType.PENDING and state.message == EXPIRING
+
+
+def expired_in_queue(message: str) -> State[None]:
+    """
+    The end of a run that was taken out of the queue.
+
+    Cancelled and not failed: a failed run may become pending again, if a worker that has read the queue a moment
+    before proposes it; a cancelled one may not (prefect 3.8.8, PreventPendingTransitions).
+    """
+    return State(type=StateType.CANCELLED, name=TEXT[Status.EXPIRED_IN_QUEUE], message=message)
+
+
+def queued_at(state: State[Any] | None) -> datetime | None:
+    """
+    Since when a run waits; None if it does not.
+
+    Not the state's own time: Prefect puts a run that waits into a new one, named Late, after a while.
+    """
+    if state is None or state.type is not StateType.SCHEDULED:
+        return None
+    return state.state_details.scheduled_time or state.timestamp
+
+
+def waited(states: Iterable[State[Any]]) -> float:
+    """Seconds a run has waited the last time that it was in the queue, from all *states* it has had."""
+    since = until = None
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if (queued := queued_at(state)) is not None:
+            since, until = queued, None
+        elif until is None:
+            until = state.timestamp
+    return (until - since).total_seconds() if since and until else 0.0
+
 
 SKIPPED: Final = "Skipped"
 """Name of the state of a step whose turn never came, because one before it failed."""
@@ -105,11 +156,11 @@ def run_status(state: State | None, steps: Steps) -> tuple[Status, int | None]:
     """Status of a flow run, and the stage it is in. A stopped run's last status is ``live_status``."""
     if state is None or state.type in (StateType.SCHEDULED, StateType.PENDING):
         return Status.WARMING_UP, None
-    if state.type is StateType.CANCELLED:
-        return Status.STOPPED, live_status(steps)[1]
     named = BY_TEXT.get(state.name or "")
     if state.is_final() and named in TERMINAL:
         return named, _ended_in(steps)
+    if state.type is StateType.CANCELLED:
+        return Status.STOPPED, live_status(steps)[1]
     status, stage = live_status(steps)
     if not state.is_final():
         return status, stage
@@ -195,6 +246,8 @@ def history(states: Iterable[State[Any]], task_runs: Iterable[TaskRun]) -> list[
 
 def stop_request(state: State | None, status: Status) -> StopRequest:
     """``stopreq``: 1 while and after a stop on request, 2 when the time limit stopped the algorithm."""
+    if status is Status.EXPIRED_IN_QUEUE:
+        return StopRequest.NONE
     if state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED):
         return StopRequest.STOP
     if status is Status.RUN_FAILED and state is not None and "timed out" in (state.message or ""):

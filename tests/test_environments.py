@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -15,6 +15,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Pending, Scheduled
 from pydantic import ValidationError
 
 from blocks.environment import ComputeEnvironment, load_environments_sync
@@ -57,10 +58,11 @@ def test_what_this_checkout_offers() -> None:
 
 @pytest.mark.parametrize("path", [ROOT / "prefect.yaml", DEFINITIONS], ids=["ours", "of the tests"])
 def test_every_environment_is_deployed(path: Path) -> None:
-    """An environment that is on offer has a deployment of its name, on its own pool."""
-    deployments = {each["name"]: each["work_pool"]["name"] for each in yaml.safe_load(path.read_text())["deployments"]}
+    """An environment that is on offer has a deployment of its name, on its own queue of its own pool."""
+    deployments = {each["name"]: each["work_pool"] for each in yaml.safe_load(path.read_text())["deployments"]}
     for environment in read_definitions(path):
-        assert environment.work_pool == deployments[environment.offer.id]
+        id = environment.offer.id
+        assert {"name": environment.work_pool, "work_queue_name": id} == deployments[id]
 
 
 def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,20 +167,25 @@ def names(client: SyncPrefectClient) -> Iterator[list[str]]:
             client.delete_work_pool(f"pool-{id}")
 
 
+def slots(client: SyncPrefectClient, pool: str, queue: str) -> int | None:
+    return client.read_work_queue_by_name(queue, work_pool_name=pool).concurrency_limit
+
+
 def offers(client: SyncPrefectClient) -> dict[str, Offer]:
     return {id: block.offer for id, block in load_environments_sync(client).items()}
 
 
 @pytest.mark.server
 def test_registered_environments_are_on_offer(client: SyncPrefectClient, names: list[str], tmp_path: Path) -> None:
-    """What was registered is read back as it was defined, and its pool is there with as many slots as jobs."""
+    """What was registered is read back as it was defined, and its queue is there with as many slots as jobs."""
     first, second = names
     path = written(tmp_path, one(first, offer={"max_jobs": 3, "limits": {"seconds": 7}}), one(second))
     assert names == register_from(path)
     defined = {environment.offer.id: environment.offer for environment in read_definitions(path)}
     assert defined == {id: offer for id, offer in offers(client).items() if id in names}
     pools = [client.read_work_pool(f"pool-{id}") for id in names]
-    assert [("process", 3), ("process", 2)] == [(pool.type, pool.concurrency_limit) for pool in pools]
+    assert [("process", None)] * 2 == [(pool.type, pool.concurrency_limit) for pool in pools]
+    assert [3, 2] == [slots(client, f"pool-{id}", id) for id in names]
 
 
 @pytest.mark.server
@@ -186,20 +193,43 @@ def test_registering_again_brings_up_to_date(client: SyncPrefectClient, names: l
     """A repeat changes what the file says has changed, and keeps what an operator has set in the pool."""
     first, second = names
     register_from(written(tmp_path, one(first), one(second)))
-    client.update_work_pool(f"pool-{first}", WorkPoolUpdate(description="mine"))
+    client.update_work_pool(f"pool-{first}", WorkPoolUpdate(description="mine", concurrency_limit=7))
     register_from(written(tmp_path, one(first, offer={"max_jobs": 5, "desc": "new"}), one(second)))
     pool = client.read_work_pool(f"pool-{first}")
-    assert (5, "mine") == (pool.concurrency_limit, pool.description)
+    assert (5, 7, "mine") == (slots(client, f"pool-{first}", first), pool.concurrency_limit, pool.description)
     assert "new" == offers(client)[first].desc
 
 
 @pytest.mark.server
 def test_a_shared_pool_has_slots_for_all(client: SyncPrefectClient, names: list[str], tmp_path: Path) -> None:
-    """Environments on one pool have the slots of all of them together."""
+    """One environment full of jobs, with more of them waiting, does not hold up another one on its pool."""
     first, second = names
     pool = f"pool-{first}"
     register_from(written(tmp_path, one(first, offer={"max_jobs": 1}), one(second, pool=pool)))
-    assert 3 == client.read_work_pool(pool).concurrency_limit
+    assert [1, 2] == [slots(client, pool, id) for id in names]
+    flow = client.create_flow_from_name(f"flow-{first}")
+    deployment = client.create_deployment(flow, name=first, work_pool_name=pool, work_queue_name=first)
+
+    def submitted(id: str) -> UUID:
+        run = client.create_flow_run_from_deployment(deployment, state=Scheduled(), work_queue_name=id)
+        return run.id
+
+    def given_out() -> list[UUID]:
+        """What a worker of the pool is given when it asks."""
+        # Prefect's own, so that its rows are read as a worker reads them.
+        return [each.flow_run.id for each in client.get_scheduled_flow_runs_for_work_pool(pool)]
+
+    firsts = [submitted(first) for _ in range(3)]
+    assert firsts[:1] == given_out()
+    client.set_flow_run_state(firsts[0], Pending())
+    assert [] == given_out()
+    seconds = [submitted(second) for _ in range(3)]
+    assert seconds[:2] == given_out()
+    client.set_flow_run_state(seconds[0], Pending())
+    assert seconds[1:2] == given_out()
+    client.set_flow_run_state(firsts[0], Cancelled())
+    assert {firsts[1], seconds[1]} == {*given_out()}
+    client.delete_deployment(deployment)
 
 
 @pytest.mark.server

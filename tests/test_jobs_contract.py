@@ -16,7 +16,9 @@ import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Pending
 
 from blocks.environment import load_environments, state_folder
 from blocks.store import Kind, Manifest, ManifestFile
@@ -34,6 +36,7 @@ from flows.errors import (
 from flows.jobs import Expiry, Job, JobQuery, Jobs, MemoryJobs
 from flows.prefect_jobs import KEPT, REMOVAL_SECONDS, REMOVING, PrefectJobs
 from flows.sealing import Seal, create_key_file
+from flows.states import taken_out_of_the_queue
 from flows.status import Status
 from flows.workflow import Workflow, parse_workflow
 from tests import documents
@@ -49,6 +52,9 @@ ENVIRONMENT: Final = "unattended"
 FADING: Final = "fading"
 """The same, and what its jobs leave expires after a second."""
 
+HOPELESS: Final = "hopeless"
+"""The same, and its jobs wait for a second only."""
+
 MARKER: Final = "hush-c4ca4238a0b923"
 
 Opened = Callable[[], AbstractAsyncContextManager[Jobs]]
@@ -56,7 +62,13 @@ Opened = Callable[[], AbstractAsyncContextManager[Jobs]]
 
 @asynccontextmanager
 async def in_memory() -> AsyncIterator[Jobs]:
-    yield MemoryJobs({ENVIRONMENT: offer(ENVIRONMENT), FADING: offer(FADING, storage_expiry=1)})
+    yield MemoryJobs(
+        {
+            ENVIRONMENT: offer(ENVIRONMENT),
+            FADING: offer(FADING, storage_expiry=1),
+            HOPELESS: offer(HOPELESS, max_wait=1),
+        }
+    )
 
 
 @asynccontextmanager
@@ -589,7 +601,111 @@ async def test_a_restart_at_the_same_time(jobs: Jobs) -> None:
         assert 1 == len((await only(jobs.stop(by_id(job)))).results)
 
 
+# Waiting for too long.
+
+TOO_LONG: Final = 1.1
+
+
+async def test_a_job_that_waited_too_long_has_ended(jobs: Jobs) -> None:
+    """Whoever looks at it; it says for how long it was let wait, and is no stopped job."""
+    job = await jobs.submit(document(environment=HOPELESS))
+    other = await jobs.submit(document())
+    assert Status.WARMING_UP is job.status
+    await asyncio.sleep(TOO_LONG)
+    told = await only(jobs.find(by_id(job)))
+    assert (Status.EXPIRED_IN_QUEUE, True, 0, ()) == (told.status, told.ended, told.stop_request, told.results)
+    assert told.finished is not None and told.finished > job.created
+    assert told.reason.startswith("its turn in `hopeless` did not come within 1 s")
+    assert ("Job expired in queue", None) == (told.text, told.stage)
+    assert [Status.WARMING_UP, Status.EXPIRED_IN_QUEUE] == [transition.status for transition in told.history]
+    assert told == await only(jobs.find(by_id(job))) == await only(jobs.stop(by_id(job)))
+    running = [each.id for each in await jobs.running()]
+    assert (False, True) == (job.id in running, other.id in running)
+    await jobs.delete(by_id(job))
+
+
+async def test_a_job_nobody_looks_at_is_ended_too(jobs: Jobs) -> None:
+    """By the round that is made now and then; a job that still has time is left alone."""
+    job = await jobs.submit(document(environment=HOPELESS))
+    await asyncio.sleep(TOO_LONG)
+    fresh = await jobs.submit(document(environment=HOPELESS))
+    ended = [each.id for each in await jobs.expire_waiting(HOPELESS, most=1000)]
+    # In memory taking in the second one was a look at the first.
+    assert isinstance(jobs, MemoryJobs) or job.id in ended
+    assert fresh.id not in ended
+    assert Status.EXPIRED_IN_QUEUE is (await only(jobs.find(by_id(job)))).status
+    assert [] == await jobs.expire_waiting("nowhere") == await jobs.expire_waiting(ENVIRONMENT)
+
+
+async def test_a_restarted_job_has_all_its_time_again(jobs: Jobs) -> None:
+    """It counts from when it was queued the last time."""
+    job = await jobs.submit(document(environment=HOPELESS))
+    await asyncio.sleep(TOO_LONG)
+    assert (await only(jobs.find(by_id(job)))).restartable
+    queued = await jobs.restart(job.id)
+    assert (Status.WARMING_UP, None) == (queued.status, queued.finished)
+    await asyncio.sleep(TOO_LONG)
+    again = await only(jobs.find(by_id(job)))
+    expected = [Status.WARMING_UP, Status.EXPIRED_IN_QUEUE] * 2
+    assert expected == [transition.status for transition in again.history]
+    await jobs.delete(by_id(job))
+
+
 # Only over Prefect.
+
+
+async def taken(client: PrefectClient, job: Job) -> bool:
+    """Whether a worker that has read the queue a moment ago gets this job now."""
+    answer: OrchestrationResult[Any] = await client.set_flow_run_state(UUID(job.id), Pending())
+    return answer.status is SetStateStatus.ACCEPT
+
+
+@pytest.mark.server
+async def test_a_job_told_as_expired_is_never_begun(prefect_jobs: PrefectJobs) -> None:
+    """The server refuses it to a worker; and a job that a worker has got is not ended, however long it took."""
+    late, in_time = [await prefect_jobs.submit(document(environment=HOPELESS)) for _ in range(2)]
+    async with get_client() as client:
+        assert await taken(client, in_time)
+        await asyncio.sleep(TOO_LONG)
+        assert Status.EXPIRED_IN_QUEUE is (await only(prefect_jobs.find(by_id(late)))).status
+        assert not await taken(client, late)
+    assert Status.EXPIRED_IN_QUEUE is (await only(prefect_jobs.find(by_id(late)))).status
+    assert Status.WARMING_UP is (await only(prefect_jobs.find(by_id(in_time)))).status
+    await prefect_jobs.delete(by_id(late))
+
+
+@pytest.mark.server
+async def test_a_worker_and_a_reader_at_the_same_time(prefect_jobs: PrefectJobs) -> None:
+    """One of them has the job: what is told is what becomes of it."""
+    waiting = [await prefect_jobs.submit(document(environment=HOPELESS)) for _ in range(6)]
+    await asyncio.sleep(TOO_LONG)
+
+    async def told(job: Job) -> Status:
+        return (await only(prefect_jobs.find(by_id(job)))).status
+
+    async with get_client() as client:
+        for job in waiting:
+            first, second, begun = await asyncio.gather(told(job), told(job), taken(client, job))
+            after = await told(job)
+            assert (Status.WARMING_UP if begun else Status.EXPIRED_IN_QUEUE) is after
+            assert begun or not await taken(client, job)
+            # Never expired and then alive again. Taken out by one, it may look as if taken to the other for a moment.
+            assert Status.EXPIRED_IN_QUEUE not in (first, second) or after is Status.EXPIRED_IN_QUEUE
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("looked_at", [True, False])
+async def test_an_end_that_was_cut_off(prefect_jobs: PrefectJobs, looked_at: bool) -> None:
+    """Taken out of the queue, and who did it is gone: the next that looks ends the job, or the next round does."""
+    job = await prefect_jobs.submit(document(environment=HOPELESS))
+    async with get_client() as client:
+        await client.set_flow_run_state(UUID(job.id), taken_out_of_the_queue())
+        assert not await taken(client, job)
+    if looked_at:
+        assert Status.EXPIRED_IN_QUEUE is (await only(prefect_jobs.find(by_id(job)))).status
+    else:
+        assert job.id in [each.id for each in await prefect_jobs.expire_waiting(HOPELESS, most=1000)]
+    await prefect_jobs.delete(by_id(job))
 
 
 @pytest.mark.server

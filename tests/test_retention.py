@@ -1,4 +1,7 @@
-"""Retention over the whole service: what a job left goes some seconds after its end, and its record stays."""
+"""
+What ends by itself, over the whole service: what a job left goes some seconds after its end and its record stays; a job
+that waits for too long is not begun.
+"""
 
 from __future__ import annotations
 
@@ -104,3 +107,29 @@ def test_this_checkout_removes_by_a_schedule_in_every_pool() -> None:
     removing = [each for each in deployments if each["entrypoint"] == "flows.expire.expire"]
     pools = {environment.work_pool for environment in read_definitions(ROOT / "prefect.yaml")}
     assert pools == {each["work_pool"]["name"] for each in removing if each["schedules"]}
+
+
+def test_a_job_that_waits_too_long_is_not_begun_and_holds_up_nobody(consumer: Consumer, service: Service) -> None:
+    """
+    Two jobs for one slot: the second says what it waits for and ends as expired. Meanwhile a job of another environment
+    on the same pool runs.
+    """
+    one, other = [
+        consumer.submit(
+            workflow(stages=[stage(algorithm=code(f"import time\ntime.sleep({seconds})"), environment="impatient")])
+        )
+        for seconds in (20, 1)
+    ]
+    late = consumer.wait(other)
+    assert (2, "Job expired in queue") == (late["status"], late["statusText"]), late
+    assert "did not come within 3 s" in late["reason"]
+    assert [1, 2] == [passage["status"] for passage in late["history"]]
+    elsewhere = consumer.wait(consumer.submit(workflow(stages=[stage(algorithm=code(OUTPUT))])))
+    first = consumer.job(one)
+    if first["status"] != 2:
+        # Where the machine is too busy to take it within three seconds, both have expired.
+        assert 70 == consumer.wait(one)["status"]
+    assert 70 == elsewhere["status"]
+    assert late == consumer.job(other)
+    (queued,) = consumer.http.post(f"{OPERATOR}/compute", json={"jobId": other}).json()
+    assert (1, None) == (queued["status"], queued["dateFinished"])

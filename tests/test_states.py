@@ -7,7 +7,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import State, StateType, TaskRun
+from prefect.client.schemas.objects import State, StateDetails, StateType, TaskRun
 from prefect.states import (
     AwaitingRetry,
     Cancelled,
@@ -25,13 +25,18 @@ from prefect.states import (
 from flows.jobs import StopRequest, Transition
 from flows.states import (
     ended_state,
+    expired_in_queue,
     history,
+    is_taken_out,
     live_status,
     of_tries,
+    queued_at,
     run_status,
     steps_of,
     stop_request,
+    taken_out_of_the_queue,
     transitions,
+    waited,
 )
 from flows.status import TERMINAL, Phase, Status
 
@@ -405,3 +410,63 @@ def test_the_history_of_a_job_that_was_cut_off_and_restarted() -> None:
         (passed.status, (passed.at - START).total_seconds(), passed.stage)
         for passed in history(reversed(states), reversed(runs))
     ]
+
+
+# The queue.
+
+
+def queue_state(kind: StateType, seconds: float, *, scheduled: float | None = None) -> State[Any]:
+    """Of a run that was in it at *seconds*; *scheduled* is when it was to be begun."""
+    details = StateDetails(scheduled_time=None if scheduled is None else at(scheduled))
+    return State(type=kind, timestamp=at(seconds), state_details=details)
+
+
+def test_a_job_that_expired_in_the_queue() -> None:
+    """Nobody has stopped it, though Prefect calls it cancelled."""
+    state = expired_in_queue("its turn did not come")
+    assert (Status.EXPIRED_IN_QUEUE, None) == run_status(state, {})
+    assert StopRequest.NONE is stop_request(state, Status.EXPIRED_IN_QUEUE)
+    assert not is_taken_out(state)
+    assert (True, None) == (is_taken_out(taken_out_of_the_queue()), queued_at(taken_out_of_the_queue()))
+    assert (Status.WARMING_UP, None) == run_status(taken_out_of_the_queue(), {})
+
+
+def test_a_run_waits_since_it_was_scheduled() -> None:
+    """Prefect calling it late changes nothing; one that a worker has does not wait."""
+    late = queue_state(StateType.SCHEDULED, 30, scheduled=0)
+    assert START == queued_at(late)
+    assert [None] * 3 == [queued_at(queue_state(kind, 1)) for kind in (StateType.PENDING, StateType.RUNNING)] + [
+        queued_at(None)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("states", "seconds"),
+    [
+        ([], 0.0),
+        ([queue_state(StateType.SCHEDULED, 0, scheduled=0)], 0.0),
+        ([queue_state(StateType.SCHEDULED, 0, scheduled=0), queue_state(StateType.PENDING, 5)], 5.0),
+        (
+            [
+                queue_state(StateType.RUNNING, 50),
+                queue_state(StateType.PENDING, 40),
+                queue_state(StateType.SCHEDULED, 15, scheduled=0),
+                queue_state(StateType.SCHEDULED, 0, scheduled=0),
+            ],
+            40.0,
+        ),
+        (
+            [
+                queue_state(StateType.SCHEDULED, 0, scheduled=0),
+                queue_state(StateType.RUNNING, 40),
+                queue_state(StateType.SCHEDULED, 100, scheduled=100),
+                queue_state(StateType.PENDING, 103),
+                queue_state(StateType.RUNNING, 110),
+            ],
+            3.0,
+        ),
+    ],
+)
+def test_how_long_a_run_has_waited(states: list[State[Any]], seconds: float) -> None:
+    """The last time that it was queued, until a worker took it."""
+    assert seconds == waited(states)

@@ -39,6 +39,19 @@ def test_why_a_job_waits(found: EnvironmentState | None, sentence: str) -> None:
     assert sentence == why_waiting(found, NOW)
 
 
+@pytest.mark.parametrize(
+    ("before", "place"),
+    [(0, "; this one is next"), (1, "; 1 job is before this one"), (3, "; 3 jobs are before this one")],
+)
+def test_the_place_of_a_job_that_waits(before: int, place: str) -> None:
+    """Where somebody is there to take it, and it is known; with a slot free, being next goes without saying."""
+    sentence = f"waiting for a free slot: 2 of 2 jobs are running in `withgpu`{place}"
+    assert sentence == why_waiting(environment(running=2), NOW, before)
+    picked_up = f"waiting to be picked up by a worker{place if before else ''}"
+    assert picked_up == why_waiting(environment(running=1), NOW, before)
+    assert "before" not in why_waiting(environment(seen=100), NOW, before)
+
+
 @pytest.mark.parametrize("status", sorted(set(Status) - TERMINAL))
 def test_every_living_status_has_a_reason(status: Status) -> None:
     """No status of a job in progress is without a cause."""
