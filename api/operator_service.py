@@ -251,7 +251,7 @@ async def delete(call: SelectionGiven, request: Request, service: ServiceDep) ->
     name="operatorGetResult",
     response_class=Response,
     responses=answers.RANGE_OF_FILE,
-    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
+    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False, headers=[answers.RANGE]),
 )
 async def get_result(call: ResultGiven, request: Request, service: ServiceDep) -> Response:
     """One file a job has published, by its index in ``results``; whole, or a range of it."""

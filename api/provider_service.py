@@ -35,6 +35,10 @@ LARGEST_PLAIN: Final = 10 * 1024**2
 router = APIRouter(prefix="/api/services", tags=["provider"])
 
 Text = Annotated[str, StringConstraints(max_length=8_192)]
+Did = Annotated[Text, Field(description="The asset's DID")]
+ServiceId = Annotated[Text, Field(description="Of the asset's services, as its DDO has it")]
+Order = Annotated[Text, Field(description="Transaction that has ordered the service; empty for an asset of no chain")]
+Userdata = Annotated[OptionalObject, Field(description="Parameters for the source of the files, by name")]
 Token = Annotated[str, Header(alias="AuthToken", description="In place of signature and nonce; see createAuthToken")]
 
 
@@ -47,10 +51,10 @@ class Signed(Call):
 
 
 class Dataset(Call):
-    documentId: Text = ""
-    serviceId: Text = ""
-    transferTxId: Text = ""
-    userdata: OptionalObject = Field(default_factory=dict)
+    documentId: Did = ""
+    serviceId: ServiceId = ""
+    transferTxId: Order = ""
+    userdata: Userdata = Field(default_factory=dict)
 
     @property
     def ask(self) -> DatasetAsk:
@@ -85,7 +89,7 @@ OneAlgorithm = Annotated[Algorithm, BeforeValidator(parse_if_text, json_schema_i
 class Start(Signed):
     dataset: OneDataset
     algorithm: OneAlgorithm
-    environment: Text = ""
+    environment: Annotated[Text, Field(description="As computeEnvironments names it; empty for the default one")] = ""
     additionalDatasets: Annotated[
         Any,
         Field(validation_alias=AliasChoices("additionalDatasets", "additionalInputs")),
@@ -109,7 +113,7 @@ class Start(Signed):
 
 
 class Selection(Signed):
-    documentId: Text = ""
+    documentId: Did = ""
     jobId: JobId = ""
     agreementId: Annotated[Text, Field(description="The order that paid, or a documentId; jobId goes before it")] = ""
 
@@ -124,7 +128,7 @@ class ResultCall(Signed):
 
 
 class Compute(Call):
-    env: Text = ""
+    env: Annotated[Text, Field(description="As computeEnvironments names it")] = ""
     validUntil: Annotated[int, Whole(ge=0, le=2**53), Field(description="Unix time in seconds")]
 
 
@@ -136,19 +140,19 @@ class Initialize(Call):
 
 
 class InitializeAccess(Call):
-    documentId: Text
-    serviceId: Text
+    documentId: Did
+    serviceId: ServiceId
     consumerAddress: Address
     fileIndex: Annotated[int, Whole()] | None = None
-    userdata: OptionalObject = Field(default_factory=dict)
+    userdata: Userdata = Field(default_factory=dict)
 
 
 class Download(Signed):
-    documentId: Text
-    serviceId: Text
-    transferTxId: Text = ""
+    documentId: Did
+    serviceId: ServiceId
+    transferTxId: Order = ""
     fileIndex: Annotated[int, Whole(ge=0)]
-    userdata: OptionalObject = Field(default_factory=dict)
+    userdata: Userdata = Field(default_factory=dict)
 
 
 class FileInfo(Call):
@@ -156,10 +160,10 @@ class FileInfo(Call):
 
     model_config = Call.model_config | {"extra": "allow"}
 
-    did: Text = ""
-    serviceId: Text = ""
+    did: Did = ""
+    serviceId: ServiceId = ""
     checksum: Annotated[Switch, Field(description="Read each file whole and tell its SHA-256")] = False
-    userdata: OptionalObject = Field(default_factory=dict)
+    userdata: Userdata = Field(default_factory=dict)
 
 
 class Container(Call):
@@ -299,7 +303,7 @@ async def delete(
     name="computeResult",
     response_class=Response,
     responses=answers.RANGE_OF_FILE,
-    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
+    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False, headers=[answers.RANGE]),
 )
 async def read_result(call: ResultGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:
     """One file a job has published, by its index in `results`; whole, or a range of it."""

@@ -27,6 +27,7 @@ router = APIRouter(prefix=PREFIX, tags=["results"])
     name="resultLink",
     response_class=Response,
     responses=answers.RANGE_OF_FILE | answers.EXPIRED,
+    openapi_extra={"parameters": [answers.RANGE]},
 )
 async def follow(token: str, filename: str, request: Request, service: ServiceDep) -> Response:
     """The file a link was made for. The name at its end decides nothing."""

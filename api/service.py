@@ -84,7 +84,7 @@ class Service:
 
 
 async def any_spelling(act: Callable[[JobQuery], Awaitable[list[Job]]], query: JobQuery) -> list[Job]:
-    """Find, stop or delete by an agreement with or without 0x: by the first of its spellings that there is a job under."""
+    """Find, stop or delete by an agreement with or without 0x: by the first of its spellings that has a job."""
     if query.agreement_id is None:
         return await act(query)
     for spelling in spellings(query.agreement_id):

@@ -181,9 +181,11 @@ def serving(app: FastAPI) -> Iterator[str]:
     while not server.started:
         assert thread.is_alive(), "the server has not started"
         time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def spec(name: str) -> Any:

@@ -206,6 +206,26 @@ def test_a_call_that_is_refused_leaves_the_nonce(house: House) -> None:
     assert 200 == house.client.post(f"{SERVICES}/compute", json={**body, "dataset": dataset_}).status_code
 
 
+def test_jobs_are_selected_by_agreement_id_as_ocean_js_gives_it(house: House) -> None:
+    """The order with or without 0x, or the data set; beside a jobId it does not count."""
+    compute = f"{SERVICES}/compute"
+    first, second = house.started(), house.started()
+
+    def found(**query: str) -> list[str]:
+        return [
+            job["jobId"] for job in house.client.get(compute, params=query | {"consumerAddress": ALICE.address}).json()
+        ]
+
+    agreement = house.client.job(first).agreement_id
+    assert agreement.startswith("0x")
+    assert [first] == found(agreementId=agreement) == found(agreementId=agreement.removeprefix("0x"))
+    assert [first, second] == found(agreementId=did("data"))
+    assert [] == found(agreementId="0x" + "77" * 32)
+    assert [second] == found(agreementId=agreement, jobId=second)
+    stopped = house.client.put(compute, json=consumer_signed(ALICE) | {"agreementId": agreement.removeprefix("0x")})
+    assert [(first, 7)] == [(job["jobId"], job["status"]) for job in stopped.json()]
+
+
 def test_status_unsigned_has_no_url(house: House) -> None:
     """Names and sizes only for who knows the job's id; the owner, signed, sees links that work; an admin also logs."""
     job_id = house.started()
