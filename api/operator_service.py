@@ -319,7 +319,7 @@ def _view(caller: Caller, request: Request, service: Service) -> wire.View:
         return wire.View(link=None)
     base = str(service.settings.public_url or request.base_url).rstrip("/")
     return wire.View(
-        link=lambda job, index: base + service.links.path(job.id, index, job.results[index].filename),
+        link=lambda job, index: base + service.links.path(job, index),
         admin=caller.admin,
     )
 

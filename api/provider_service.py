@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 from uuid import uuid4
@@ -24,7 +23,7 @@ from api.service import Service, ServiceDep, any_spelling
 from blocks.assets import DID_PREFIX
 from blocks.assets import Container as AssetContainer
 from blocks.shapes import JsonText, Switch, Whole
-from flows.broker import AlgorithmAsk, Ask, DatasetAsk
+from flows.broker import MAX_DATASETS, AlgorithmAsk, Ask, DatasetAsk
 from flows.errors import AssetRefused, InvalidParameter, MissingParameter, NoSuchResult, NotReady
 from flows.jobs import JobQuery
 from flows.trust import container_refusal
@@ -81,7 +80,8 @@ class Algorithm(Dataset):
         )
 
 
-Datasets = Annotated[list[Dataset], BeforeValidator(parse_if_text, json_schema_input_type=list[Dataset] | JsonText)]
+_Datasets = Annotated[list[Dataset], Field(max_length=MAX_DATASETS)]
+Datasets = Annotated[_Datasets, BeforeValidator(parse_if_text, json_schema_input_type=_Datasets | JsonText)]
 OneDataset = Annotated[Dataset, BeforeValidator(parse_if_text, json_schema_input_type=Dataset | JsonText)]
 OneAlgorithm = Annotated[Algorithm, BeforeValidator(parse_if_text, json_schema_input_type=Algorithm | JsonText)]
 
@@ -235,10 +235,10 @@ async def start(
 ) -> list[wire.ProviderStatus]:
     """Create new job or restart one that was stopped or has failed."""
     message = f"{call.consumerAddress}{call.jobId}{call.dataset.documentId}"
-    caller = await _caller(call, [message], service, token)
+    caller = await _caller(call, message, service, token)
     earlier = await service.own_job(call.jobId, caller) if call.jobId else None
     approved = await service.broker.approve(call.ask)
-    agreement = approved.agreement(earlier, _agreement(caller, call))
+    agreement = approved.agreement(earlier, f"0x{uuid4().hex}")
     workflow = await run_in_threadpool(approved.workflow, agreement)
     await service.consumers.use(caller)
     job = await service.start(workflow, earlier)
@@ -257,7 +257,7 @@ async def read_status(
     """Status of every job that matches all that is given. Unsigned it comes without URLs."""
     caller = ANONYMOUS
     if call.signature or token:
-        caller = await _caller(call, [_selected(call)], service, token)
+        caller = await _caller(call, _selected(call), service, token)
         await service.consumers.use(caller)
     jobs = await service.jobs_for(_query(call), caller)
     return [wire.provider_status(job, visible(job, caller, request, service, named=bool(call.jobId))) for job in jobs]
@@ -273,8 +273,11 @@ async def stop(
     call: SelectionGiven, request: Request, service: ServiceDep, token: Token = ""
 ) -> list[wire.ProviderStatus]:
     """Stop every job of the consumer that matches all that is given."""
-    messages = [_selected(call), f"{call.consumerAddress}{call.jobId}"]
-    caller = await _caller(call, messages, service, token, strict=False)
+    if "jobId" in call.model_fields_set and not (call.jobId or call.documentId or call.agreementId):
+        raise InvalidParameter("jobId: is empty; leave it out to stop all jobs of consumerAddress")
+    # Without a job named, the form that leaves the nonce out would stop all there are and all there will be.
+    bare = f"{call.consumerAddress}{call.jobId}" if call.jobId else ""
+    caller = await _caller(call, _selected(call), service, token, bare=bare)
     await service.consumers.use(caller)
     jobs = await any_spelling(service.jobs.stop, _query(call))
     return [wire.provider_status(job, visible(job, caller, request, service)) for job in jobs]
@@ -292,7 +295,7 @@ async def delete(
     """Stop and remove every job of the consumer that matches, with all it has left; answers their last status."""
     if not (call.documentId or call.jobId):
         raise InvalidParameter("jobId: give jobId or documentId, so that it is clear what is to be deleted")
-    caller = await _caller(call, [_selected(call)], service, token)
+    caller = await _caller(call, _selected(call), service, token)
     await service.consumers.use(caller)
     jobs = await any_spelling(service.jobs.delete, _query(call))
     return [wire.provider_status(job, visible(job, caller, request, service)) for job in jobs]
@@ -307,9 +310,9 @@ async def delete(
 )
 async def read_result(call: ResultGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:
     """One file a job has published, by its index in `results`; whole, or a range of it."""
-    caller = await _caller(call, [f"{call.consumerAddress}{call.jobId}{call.index}"], service, token)
-    await service.consumers.use(caller)
+    caller = await _caller(call, f"{call.consumerAddress}{call.jobId}{call.index}", service, token)
     job = await result_of(service, call.jobId, call.index, caller)
+    await service.consumers.use(caller)
     return await download_result(request, service.jobs, job, call.index)
 
 
@@ -374,7 +377,7 @@ async def initialize(call: InitializeAccessGiven, service: ServiceDep) -> dict[s
 )
 async def download(call: DownloadGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:
     """A file of an asset that its owner offers for download and the consumer has ordered."""
-    caller = await _caller(call, [call.documentId], service, token)
+    caller = await _caller(call, call.documentId, service, token)
     ask = DatasetAsk(call.documentId, call.serviceId, call.transferTxId, call.userdata)
     part = await service.broker.download(ask, call.consumerAddress, ordered=True)
     files = part.files or ()
@@ -484,16 +487,16 @@ async def _holder(call: TokenCall, service: Service) -> Caller:
         raise MissingParameter("signature", "createAuthToken")
     if not call.nonce:
         raise MissingParameter("nonce", "createAuthToken")
-    return await service.consumers.caller(call.address, [call.address], call.signature, call.nonce)
+    return await service.consumers.caller(call.address, call.address, call.signature, call.nonce)
 
 
-async def _caller(call: Signed, messages: list[str], service: Service, token: str, *, strict: bool = True) -> Caller:
+async def _caller(call: Signed, message: str, service: Service, token: str, *, bare: str = "") -> Caller:
     if not call.consumerAddress:
         raise MissingParameter("consumerAddress", "")
     if not call.signature and not token:
         raise MissingParameter("signature", "")
     return await service.consumers.caller(
-        call.consumerAddress, messages, call.signature, call.nonce, token=token, strict=strict
+        call.consumerAddress, message, call.signature, call.nonce, token=token, bare=bare
     )
 
 
@@ -513,22 +516,13 @@ def _query(call: Selection) -> JobQuery:
     )
 
 
-def _agreement(caller: Caller, call: Start) -> str:
-    """
-    Of a job without an order: made of what was signed, so that the same call, arriving twice at the same time, is
-    one job. With a token there is no nonce; then every call is a job of its own.
-    """
-    if not caller.nonce:
-        return uuid4().hex
-    signed = f"{caller.address} {caller.nonce} {call.dataset.documentId}"
-    return "0x" + hashlib.sha256(signed.encode()).hexdigest()
-
-
 def _additional(value: Any) -> tuple[DatasetAsk, ...]:
     if value in (None, "", []):
         return ()
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise AssetRefused("additional_input", "invalid", "additionalDatasets: must be a list of data sets")
+    if len(value) >= MAX_DATASETS:
+        raise AssetRefused("additional_input", "invalid", f"give at most {MAX_DATASETS} data sets in all")
     try:
         return tuple(Dataset.model_validate(each).ask for each in value)
     except ValidationError:

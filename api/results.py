@@ -31,8 +31,8 @@ router = APIRouter(prefix=PREFIX, tags=["results"])
 )
 async def follow(token: str, filename: str, request: Request, service: ServiceDep) -> Response:
     """The file a link was made for. The name at its end decides nothing."""
-    job_id, index = service.links.resolve(token)
+    job_id, index, mark = service.links.resolve(token)
     job = await only_job(service.jobs, job_id)
-    if index >= len(job.results):
+    if not service.links.holds(job, index, mark):
         raise NoSuchResult("There is no such result any more")
     return await download(request, service.jobs, job, index)

@@ -217,6 +217,8 @@ def test_stop_restart_and_delete(client: Client) -> None:
     told = client.delete(COMPUTE, params=signed(ALICE, "", job_id)).json()
     assert (8, "Job deleted successfully") == (told["status"], told["statusText"])
     assert [] == client.get(COMPUTE, params={"jobId": job_id}).json()
+    answer = client.post(COMPUTE, json=signed(ALICE, AGREEMENT, algorithmMeta=META))
+    assert 400 == answer.status_code, "an agreement is good for one job, also when that is deleted"
 
 
 def test_the_agreement_is_found_on_disk_alone(client: Client, tmp_path: Path) -> None:

@@ -101,6 +101,11 @@ class Served:
             self.jobs.publish(mine[0], [factories.result("a.csv", b"a,b\n1,2\n")])
         return mine[0]
 
+    def link(self) -> str:
+        """The token of a link to that file."""
+        job = self.jobs._jobs[self.job()]
+        return self.service.links.path(job, 0).split("/")[3]
+
 
 class Meaning:
     """
@@ -147,7 +152,7 @@ class Meaning:
             part[name] = value
 
     def _link(self) -> str:
-        return self._served.service.links.path(self._served.job(), 0, "x").split("/")[3]
+        return self._served.link()
 
     def _name_operators(self) -> None:
         given = self._given
