@@ -77,7 +77,6 @@ class House:
         for asset in assets:
             path = self._folder / f"{asset['name']}.yaml"
             path.write_text(yaml.safe_dump(dict(asset)), encoding="utf-8")
-        time.sleep(1.05)  # the catalogue looks for changes once a second
 
     def start(self, key: LocalAccount = ALICE, **call: Any) -> Any:
         """POST compute on ``data``, with raw code unless *call* says otherwise; the HTTP answer."""
@@ -113,7 +112,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Client]:
     settings = factories.settings(tmp_path_factory.mktemp("settings"), admins=ADMIN.address)
     with factories.client(
-        settings, catalogue=LocalCatalogue(folder), key=KEY, limits=FetchLimits(networks=("127.0.0.0/8",))
+        settings,
+        catalogue=LocalCatalogue(folder, seconds_between_looks=0),
+        key=KEY,
+        limits=FetchLimits(networks=("127.0.0.0/8",)),
     ) as client:
         yield client
 
