@@ -42,5 +42,6 @@ bench: setup ## Run the benchmarks
 	@exec .venv/bin/python -m bench $(ARGS)
 
 clean: ## Remove what setup and tests have made; what the service keeps in .c2d/ stays
-	rm -rf .bootstrap .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf .bootstrap .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist \
+		chain/node_modules clients/node_modules clients/.venv
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

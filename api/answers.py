@@ -64,6 +64,14 @@ def linked(answers: Answers, links: dict[str, Any]) -> Answers:
 
 _BINARY: Final = {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}
 FILE: Final[Answers] = {200: {"description": "The file, in the media type it has", **_BINARY}}
+RANGE: Final = {
+    "name": "Range",
+    "in": "header",
+    "required": False,
+    "description": "The part that is wanted, as in RFC 9110; what cannot be understood is passed over",
+    "schema": {"type": "string"},
+    "example": "bytes=0-1023",
+}
 RANGE_OF_FILE: Final[Answers] = {
     **FILE,
     206: {

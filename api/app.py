@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import brizo_service, operator_service, provider_service, results
+from api.agreements import Agreements
 from api.auth import ConsumerGate, OperatorGate
 from api.database import Database
 from api.links import Links
@@ -98,6 +99,7 @@ def create_app(settings: Settings, broker: Broker) -> FastAPI:
         jobs=broker.jobs,
         broker=broker,
         gate=OperatorGate(settings, nonces),
+        agreements=Agreements(database),
         consumers=ConsumerGate(settings, nonces, Tokens(database, settings.key_file)),
         links=Links(settings.key_file, settings.link_seconds),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -77,6 +76,8 @@ class Caller:
     """Where its nonce counts."""
     nonce: str = ""
     """Not yet used up; "" when there is none to use."""
+    text: str = ""
+    """What it has signed."""
 
 
 ANONYMOUS: Final = Caller(address=None, admin=False)
@@ -151,14 +152,14 @@ class ConsumerGate:
     tokens: Tokens
 
     async def caller(
-        self, address: str, messages: Iterable[str], signature: str, nonce: str, *, token: str = "", strict: bool = True
+        self, address: str, message: str, signature: str, nonce: str, *, token: str = "", bare: str = ""
     ) -> Caller:
         """
-        That *address* has signed one of *messages*, each followed by *nonce*; or, without a signature, holds *token*.
+        That *address* has signed *message* followed by *nonce*; or, without a signature, holds *token*.
 
         A *nonce* left out means the next one: a client of the original that deletes a job signs it and does not send
-        it. With *strict* off, a signature over one of *messages* alone will do too, its nonce counting in a sequence
-        of its own; a client of the original that stops a job signs no more than that.
+        it. A signature over *bare*, where that is given, will do too, its nonce counting in a sequence of its own: a
+        client of the original that stops a job signs no more than that. Whatever was signed is good once.
 
         Raises:
             BadSignature, BadToken, ReplayedNonce, NotReady
@@ -169,23 +170,22 @@ class ConsumerGate:
                 raise BadToken("The token is another address's")
             return self._caller(holder)
         nonce = nonce or str(await self.nonces.latest(address) + 1)
-        texts = tuple(messages)
-        signer = await run_in_threadpool(_who_signed, [f"{text}{nonce}" for text in texts], signature, address)
-        sequence = signer
-        if signer is None and not strict:
-            signer = await run_in_threadpool(_who_signed, texts, signature, address)
-            sequence = f"{signer} nonce not signed"
-        if signer is None or sequence is None:
-            raise BadSignature("Invalid signature provided.")
-        await self.nonces.check(sequence, nonce)
-        return self._caller(signer, sequence=sequence, nonce=nonce)
+        signer = address.lower()
+        sequence, text = signer, f"{message}{nonce}"
+        if await run_in_threadpool(provider_signer, text, signature) != signer:
+            sequence, text = f"{signer} nonce not signed", bare
+            if not bare or await run_in_threadpool(provider_signer, bare, signature) != signer:
+                raise BadSignature("Invalid signature provided.")
+        await self.nonces.check(sequence, nonce, text)
+        return self._caller(signer, sequence=sequence, nonce=nonce, text=text)
 
     async def use(self, caller: Caller) -> None:
         """
-        Use the caller's nonce up. Raises: ReplayedNonce, when another call has used it meanwhile; NotReady.
+        Use the caller's nonce up, and what it has signed. Raises: ReplayedNonce, when another call has used either
+        meanwhile; NotReady.
         """
         if caller.nonce:
-            await self.nonces.accept(caller.sequence, caller.nonce)
+            await self.nonces.accept(caller.sequence, caller.nonce, caller.text)
 
     async def brizo_caller(self, address: str, message: str, signature: str) -> Caller:
         """
@@ -205,14 +205,9 @@ class ConsumerGate:
             raise BadSignature("The signature is not that of consumerAddress over this call")
         return self._caller(address.lower())
 
-    def _caller(self, address: str, *, sequence: str = "", nonce: str = "") -> Caller:
-        return Caller(address=address, admin=address in self.settings.admins, sequence=sequence, nonce=nonce)
-
-
-def _who_signed(texts: Iterable[str], signature: str, address: str) -> str | None:
-    """*address*, in lower case, if it has signed one of *texts*."""
-    wanted = address.lower()
-    return next((wanted for text in texts if provider_signer(text, signature) == wanted), None)
+    def _caller(self, address: str, *, sequence: str = "", nonce: str = "", text: str = "") -> Caller:
+        admin = address in self.settings.admins
+        return Caller(address=address, admin=admin, sequence=sequence, nonce=nonce, text=text)
 
 
 def _name_in(host: str) -> str:

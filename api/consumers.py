@@ -14,12 +14,14 @@ from api.auth import Caller
 from api.parameters import parse_object
 from api.service import Service
 from blocks.shapes import JsonText
+from blocks.store import Kind
 from flows.errors import InvalidParameter, JobNotFound, NoSuchResult, Refusal
 from flows.jobs import ADMIN_KINDS, Job, JobQuery, parse_job_id, results_expired
 
 ADDRESS: Final = r"^0x[0-9a-fA-F]{40}$"
 Address = Annotated[str, Field(pattern=ADDRESS, description="0x and 40 hex digits, in any case of letters")]
-_OUTPUT: Final = frozenset({"output"})
+_OUTPUT: Final = frozenset({Kind.OUTPUT})
+_CONSUMERS: Final = frozenset(Kind) - ADMIN_KINDS
 
 
 def parse_if_text(value: Any) -> Any:
@@ -76,20 +78,29 @@ JobId = Annotated[
 
 def visible(job: Job, caller: Caller, request: Request, service: Service, *, named: bool = False) -> wire.View:
     """
-    What *caller* may see of *job*: its owner all but what is for admins, an address on its whitelist the outputs,
-    others no URL. With *named*, who has not signed sees names and sizes: the job's id was given, which nobody can
-    guess, and clients of the original choose what to fetch by them.
+    What *caller* may see of *job*: its owner all but what is for admins, an address on its whitelist the outputs, an
+    admin what is for admins. Others see no URL; with *named*, when the job's id was given, names and sizes of files,
+    because clients of the original do not sign here and choose by them what to fetch.
     """
     base = str(service.settings.public_url or request.base_url).rstrip("/")
 
     def link(of: Job, index: int) -> str:
-        return base + service.links.path(of.id, index, of.results[index].filename)
+        return base + service.links.path(of, index)
 
-    if caller.admin or caller.address == job.owner.lower():
-        return wire.View(link=link, admin=caller.admin)
-    if caller.address is not None and caller.address in job.whitelist:
-        return wire.View(link=link, kinds=_OUTPUT)
-    return wire.View(link=None, kinds=None if named else frozenset())
+    kinds = _kinds(job, caller)
+    if kinds:
+        return wire.View(link=link, admin=caller.admin, kinds=kinds)
+    return wire.View(link=None, kinds=_CONSUMERS if named else frozenset())
+
+
+def _kinds(job: Job, caller: Caller) -> frozenset[str]:
+    """Of the files of *job* that *caller* may have."""
+    kinds: frozenset[str] = frozenset()
+    if caller.address == job.owner.lower():
+        kinds |= _CONSUMERS
+    elif caller.address is not None and caller.address in job.whitelist:
+        kinds |= _OUTPUT
+    return kinds | ADMIN_KINDS if caller.admin else kinds
 
 
 async def result_of(service: Service, job_id: str, index: int, caller: Caller) -> Job:
@@ -102,17 +113,13 @@ async def result_of(service: Service, job_id: str, index: int, caller: Caller) -
         NoSuchResult
     """
     found = await service.jobs_for(JobQuery(job_id=parse_job_id(job_id)), caller)
-    if not found or not (caller.admin or caller.address in (found[0].owner.lower(), *found[0].whitelist)):
+    if not found or not (kinds := _kinds(found[0], caller)):
         raise JobNotFound(f"consumerAddress has no job {job_id}")
     job = found[0]
     if job.expired:
         raise results_expired(job)
     if not job.results:
         raise NoSuchResult(f"No results for job {job_id}")
-    if not 0 <= index < len(job.results):
-        raise NoSuchResult(f"No such index {index} in this compute job")
-    kind = job.results[index].kind
-    owner = caller.admin or caller.address == job.owner.lower()
-    if (kind in ADMIN_KINDS and not caller.admin) or (kind not in _OUTPUT and not owner):
+    if not 0 <= index < len(job.results) or job.results[index].kind not in kinds:
         raise NoSuchResult(f"No such index {index} in this compute job")
     return job

@@ -14,13 +14,16 @@ from blocks.assets import AssetUnusable
 from blocks.catalogue import CatalogueUnavailable
 from blocks.files import BadFile, BadParameters, File, parse_file
 from blocks.keys import FilesUnavailable, files_of
-from blocks.remote import Remotes, Unreachable, remotes
+from blocks.limits import GIB, FetchLimits
+from blocks.remote import Access, Remotes, Unreachable, remotes
 from blocks.urls import ForbiddenUrl
-from flows.broker import Broker
+from flows.broker import Broker, given_to
 from flows.errors import InvalidParameter, NotReady, SourceFailed
 
 SECONDS: Final = 60.0
 """Deadline of looking at the files of one call, checksums among them. What is not read by then counts as not valid."""
+LARGEST: Final = GIB
+"""Bytes of a file that is read for its checksum."""
 MOST: Final = 20_000
 """Files looked at in one call; as many as a document may name."""
 
@@ -35,18 +38,22 @@ async def describe(
     Raises:
         InvalidParameter, NotReady
     """
-    files = await _named(broker, did, service_id) if did else (_given(file),)
-    try:
-        files = tuple(one.given(parameters) for one in files)
-    except BadParameters as fault:
-        raise InvalidParameter(f"userdata: {fault}") from None
+    files = await _named(broker, did, service_id, parameters) if did else (_given(file, parameters),)
     if len(files) > MOST:
         raise InvalidParameter(f"did: the service has {len(files)} files; at most {MOST} are described")
-    async with remotes(broker.limits, broker.access) as opened, asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_described(opened, one, checksum, broker.limits.total_bytes)) for one in files]
-        _, late = await asyncio.wait(tasks, timeout=SECONDS)
-        for task in late:
-            task.cancel()
+    async with broker.reads, AsyncExitStack() as stack:
+        ways: list[tuple[tuple[FetchLimits, Access], Remotes]] = []
+        chosen = []
+        for one in files:
+            way = await broker.reach(one)
+            if way not in (known for known, _ in ways):
+                ways.append((way, await stack.enter_async_context(remotes(*way))))
+            chosen.append(next(opened for known, opened in ways if known == way))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_described(*pair, checksum)) for pair in zip(chosen, files, strict=True)]
+            _, late = await asyncio.wait(tasks, timeout=SECONDS)
+            for task in late:
+                task.cancel()
     return [
         {"index": index, **({"valid": False} if task.cancelled() else task.result())}
         for index, task in enumerate(tasks)
@@ -62,7 +69,7 @@ async def stream(file: File, name: str, broker: Broker) -> Response:
     """
     stack = AsyncExitStack()
     try:
-        opened = await stack.enter_async_context(remotes(broker.limits, broker.access))
+        opened = await stack.enter_async_context(remotes(*(await broker.reach(file))))
         async with asyncio.timeout(SECONDS):
             source = await opened.open(file)
             first = await source.read()
@@ -91,7 +98,7 @@ async def stream(file: File, name: str, broker: Broker) -> Response:
     return StreamingResponse(body(), media_type=source.content_type or "application/octet-stream", headers=headers)
 
 
-async def _named(broker: Broker, did: str, service_id: str) -> tuple[File, ...]:
+async def _named(broker: Broker, did: str, service_id: str, parameters: Mapping[str, Any]) -> tuple[File, ...]:
     if not service_id:
         raise InvalidParameter("serviceId: is required together with did")
     try:
@@ -101,23 +108,33 @@ async def _named(broker: Broker, did: str, service_id: str) -> tuple[File, ...]:
         service = asset.service(service_id)
         if service is None:
             raise InvalidParameter("serviceId: Invalid serviceId")
-        return files_of(asset, service, broker.key)
+        files = files_of(asset, service, broker.key)
+        if not parameters:
+            return files
+        if asset.credentials.allow or asset.credentials.deny:
+            # Nobody signs here, and what a source answers to a parameter can be told by its size.
+            raise InvalidParameter("userdata: is not taken here for an asset that is not for everybody")
+        return given_to(files, service, parameters)
+    except BadParameters as fault:
+        raise InvalidParameter(f"userdata: {fault}") from None
     except CatalogueUnavailable:
         raise NotReady("The catalogue of assets cannot be reached; try again in a moment.") from None
     except (AssetUnusable, FilesUnavailable):
         raise InvalidParameter("did: Unable to get dataset files") from None
 
 
-def _given(file: Mapping[str, Any]) -> File:
+def _given(file: Mapping[str, Any], parameters: Mapping[str, Any]) -> File:
     if not file:
         raise InvalidParameter("did: give did and serviceId, or a file object: type and what belongs to it")
     try:
-        return parse_file(file)
+        return parse_file(file).given(parameters)
     except BadFile as fault:
         raise InvalidParameter(str(fault)) from None
+    except BadParameters as fault:
+        raise InvalidParameter(f"userdata: {fault}") from None
 
 
-async def _described(opened: Remotes, file: File, checksum: bool, ceiling: int) -> dict[str, Any]:
+async def _described(opened: Remotes, file: File, checksum: bool) -> dict[str, Any]:
     digest = hashlib.sha256()
     size = 0
     try:
@@ -129,7 +146,7 @@ async def _described(opened: Remotes, file: File, checksum: bool, ceiling: int) 
                     size += len(block)
                     if not checksum:
                         break
-                    if size > ceiling:
+                    if size > LARGEST:
                         return {"valid": False}
             finally:
                 await source.close()

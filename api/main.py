@@ -53,8 +53,10 @@ async def created(settings: Settings) -> AsyncIterator[FastAPI]:
         for chain in chains.values():
             stack.push_async_callback(chain.close)
         client = await stack.enter_async_context(get_client())
+        jobs = PrefectJobs(client, Seal.from_file(settings.key_file), local_workers=settings.local_workers)
         broker = Broker(
-            jobs=PrefectJobs(client, Seal.from_file(settings.key_file), local_workers=settings.local_workers),
+            jobs=jobs,
+            sources=jobs.sources,
             catalogue=Catalogues(sources),
             chains=chains,
             key=key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Annotated, Any, Final
 
@@ -29,6 +30,9 @@ _TABLE: Final = Table(
     Column("whole", _Digits, nullable=False),
     Column("fraction", _Digits, nullable=False),
 )
+
+_TEXTS: Final = Table("accepted_texts", TABLES, Column("digest", String(64), primary_key=True))
+"""What was signed and accepted, as digests. It is kept for as long as the nonces are: see ``Nonces.accept``."""
 
 
 def _nonce(value: Any) -> str:
@@ -59,14 +63,19 @@ class Nonces:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def accept(self, address: str, nonce: str) -> None:
+    async def accept(self, address: str, nonce: str, text: str = "") -> None:
         """
         Take *nonce* (as ``Nonce`` lets it pass) as the last one of *address*.
 
         One statement compares and stores, so of several processes offering the same number one succeeds.
 
+        Args:
+            text: All that was signed, where the nonce stands beside other digits in it. Whoever sees such a call could
+                count some of them to the nonce, which makes it greater: ``…12`` and ``5`` as ``…1`` and ``25``. So a
+                text is good once, however it is taken apart.
+
         Raises:
-            ReplayedNonce: It is not greater than the last one; nothing is changed.
+            ReplayedNonce: It is not greater than the last one, or *text* was accepted before; nothing is changed.
             NotReady: The database does not answer.
         """
         row = {"address": address.lower(), **_parts(nonce)}
@@ -79,11 +88,14 @@ class Nonces:
             > tuple_(last.length, last.whole, last.fraction),
         ).returning(last.address)
         async with self._database.transaction() as connection:
-            accepted = (await connection.execute(statement)).first()
-        if accepted is None:
-            raise ReplayedNonce
+            if (await connection.execute(statement)).first() is None:
+                raise ReplayedNonce
+            if text:
+                once = self._database.insert(_TEXTS).values(digest=_digest(text)).on_conflict_do_nothing()
+                if (await connection.execute(once.returning(_TEXTS.c.digest))).first() is None:
+                    raise ReplayedNonce
 
-    async def check(self, address: str, nonce: str) -> None:
+    async def check(self, address: str, nonce: str, text: str = "") -> None:
         """
         Whether *nonce* would be accepted; it stays unused. For calls that may fail for reasons the caller can wait
         out: these refuse a replay before they cost anything, and use the nonce up when all else is in order.
@@ -95,6 +107,11 @@ class Nonces:
         last = await self._last(address)
         if last is not None and last >= (offered["length"], offered["whole"], offered["fraction"]):
             raise ReplayedNonce
+        if text:
+            known = select(_TEXTS.c.digest).where(_TEXTS.c.digest == _digest(text))
+            async with self._database.transaction() as connection:
+                if (await connection.execute(known)).first() is not None:
+                    raise ReplayedNonce
 
     async def latest(self, address: str) -> int:
         """
@@ -115,6 +132,10 @@ class Nonces:
         async with self._database.transaction() as connection:
             row = (await connection.execute(statement)).first()
         return None if row is None else (row.length, row.whole, row.fraction)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parts(nonce: str) -> dict[str, Any]:

@@ -251,7 +251,7 @@ async def delete(call: SelectionGiven, request: Request, service: ServiceDep) ->
     name="operatorGetResult",
     response_class=Response,
     responses=answers.RANGE_OF_FILE | answers.GONE,
-    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
+    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False, headers=[answers.RANGE]),
 )
 async def get_result(call: ResultGiven, request: Request, service: ServiceDep) -> Response:
     """One file a job has published, by its index in ``results``; whole, or a range of it."""
@@ -319,7 +319,7 @@ def _view(caller: Caller, request: Request, service: Service) -> wire.View:
         return wire.View(link=None)
     base = str(service.settings.public_url or request.base_url).rstrip("/")
     return wire.View(
-        link=lambda job, index: base + service.links.path(job.id, index, job.results[index].filename),
+        link=lambda job, index: base + service.links.path(job, index),
         admin=caller.admin,
     )
 

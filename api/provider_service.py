@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 from uuid import uuid4
@@ -24,7 +23,7 @@ from api.service import Service, ServiceDep, any_spelling
 from blocks.assets import DID_PREFIX
 from blocks.assets import Container as AssetContainer
 from blocks.shapes import JsonText, Switch, Whole
-from flows.broker import AlgorithmAsk, Ask, DatasetAsk
+from flows.broker import MAX_DATASETS, AlgorithmAsk, Ask, DatasetAsk
 from flows.errors import AssetRefused, InvalidParameter, MissingParameter, NoSuchResult, NotReady
 from flows.jobs import JobQuery
 from flows.trust import container_refusal
@@ -35,6 +34,10 @@ LARGEST_PLAIN: Final = 10 * 1024**2
 router = APIRouter(prefix="/api/services", tags=["provider"])
 
 Text = Annotated[str, StringConstraints(max_length=8_192)]
+Did = Annotated[Text, Field(description="The asset's DID")]
+ServiceId = Annotated[Text, Field(description="Of the asset's services, as its DDO has it")]
+Order = Annotated[Text, Field(description="Transaction that has ordered the service; empty for an asset of no chain")]
+Userdata = Annotated[OptionalObject, Field(description="Parameters for the source of the files, by name")]
 Token = Annotated[str, Header(alias="AuthToken", description="In place of signature and nonce; see createAuthToken")]
 
 
@@ -47,10 +50,10 @@ class Signed(Call):
 
 
 class Dataset(Call):
-    documentId: Text = ""
-    serviceId: Text = ""
-    transferTxId: Text = ""
-    userdata: OptionalObject = Field(default_factory=dict)
+    documentId: Did = ""
+    serviceId: ServiceId = ""
+    transferTxId: Order = ""
+    userdata: Userdata = Field(default_factory=dict)
 
     @property
     def ask(self) -> DatasetAsk:
@@ -77,7 +80,8 @@ class Algorithm(Dataset):
         )
 
 
-Datasets = Annotated[list[Dataset], BeforeValidator(parse_if_text, json_schema_input_type=list[Dataset] | JsonText)]
+_Datasets = Annotated[list[Dataset], Field(max_length=MAX_DATASETS)]
+Datasets = Annotated[_Datasets, BeforeValidator(parse_if_text, json_schema_input_type=_Datasets | JsonText)]
 OneDataset = Annotated[Dataset, BeforeValidator(parse_if_text, json_schema_input_type=Dataset | JsonText)]
 OneAlgorithm = Annotated[Algorithm, BeforeValidator(parse_if_text, json_schema_input_type=Algorithm | JsonText)]
 
@@ -85,7 +89,7 @@ OneAlgorithm = Annotated[Algorithm, BeforeValidator(parse_if_text, json_schema_i
 class Start(Signed):
     dataset: OneDataset
     algorithm: OneAlgorithm
-    environment: Text = ""
+    environment: Annotated[Text, Field(description="As computeEnvironments names it; empty for the default one")] = ""
     additionalDatasets: Annotated[
         Any,
         Field(validation_alias=AliasChoices("additionalDatasets", "additionalInputs")),
@@ -109,7 +113,7 @@ class Start(Signed):
 
 
 class Selection(Signed):
-    documentId: Text = ""
+    documentId: Did = ""
     jobId: JobId = ""
     agreementId: Annotated[Text, Field(description="The order that paid, or a documentId; jobId goes before it")] = ""
 
@@ -124,7 +128,7 @@ class ResultCall(Signed):
 
 
 class Compute(Call):
-    env: Text = ""
+    env: Annotated[Text, Field(description="As computeEnvironments names it")] = ""
     validUntil: Annotated[int, Whole(ge=0, le=2**53), Field(description="Unix time in seconds")]
 
 
@@ -136,19 +140,19 @@ class Initialize(Call):
 
 
 class InitializeAccess(Call):
-    documentId: Text
-    serviceId: Text
+    documentId: Did
+    serviceId: ServiceId
     consumerAddress: Address
     fileIndex: Annotated[int, Whole()] | None = None
-    userdata: OptionalObject = Field(default_factory=dict)
+    userdata: Userdata = Field(default_factory=dict)
 
 
 class Download(Signed):
-    documentId: Text
-    serviceId: Text
-    transferTxId: Text = ""
+    documentId: Did
+    serviceId: ServiceId
+    transferTxId: Order = ""
     fileIndex: Annotated[int, Whole(ge=0)]
-    userdata: OptionalObject = Field(default_factory=dict)
+    userdata: Userdata = Field(default_factory=dict)
 
 
 class FileInfo(Call):
@@ -156,10 +160,10 @@ class FileInfo(Call):
 
     model_config = Call.model_config | {"extra": "allow"}
 
-    did: Text = ""
-    serviceId: Text = ""
+    did: Did = ""
+    serviceId: ServiceId = ""
     checksum: Annotated[Switch, Field(description="Read each file whole and tell its SHA-256")] = False
-    userdata: OptionalObject = Field(default_factory=dict)
+    userdata: Userdata = Field(default_factory=dict)
 
 
 class Container(Call):
@@ -231,10 +235,10 @@ async def start(
 ) -> list[wire.ProviderStatus]:
     """Create new job or restart one that was stopped or has failed."""
     message = f"{call.consumerAddress}{call.jobId}{call.dataset.documentId}"
-    caller = await _caller(call, [message], service, token)
+    caller = await _caller(call, message, service, token)
     earlier = await service.own_job(call.jobId, caller) if call.jobId else None
     approved = await service.broker.approve(call.ask)
-    agreement = approved.agreement(earlier, _agreement(caller, call))
+    agreement = approved.agreement(earlier, f"0x{uuid4().hex}")
     workflow = await run_in_threadpool(approved.workflow, agreement)
     await service.consumers.use(caller)
     job = await service.start(workflow, earlier)
@@ -253,7 +257,7 @@ async def read_status(
     """Status of every job that matches all that is given. Unsigned it comes without URLs."""
     caller = ANONYMOUS
     if call.signature or token:
-        caller = await _caller(call, [_selected(call)], service, token)
+        caller = await _caller(call, _selected(call), service, token)
         await service.consumers.use(caller)
     jobs = await service.jobs_for(_query(call), caller)
     return [wire.provider_status(job, visible(job, caller, request, service, named=bool(call.jobId))) for job in jobs]
@@ -269,8 +273,11 @@ async def stop(
     call: SelectionGiven, request: Request, service: ServiceDep, token: Token = ""
 ) -> list[wire.ProviderStatus]:
     """Stop every job of the consumer that matches all that is given."""
-    messages = [_selected(call), f"{call.consumerAddress}{call.jobId}"]
-    caller = await _caller(call, messages, service, token, strict=False)
+    if "jobId" in call.model_fields_set and not (call.jobId or call.documentId or call.agreementId):
+        raise InvalidParameter("jobId: is empty; leave it out to stop all jobs of consumerAddress")
+    # Without a job named, the form that leaves the nonce out would stop all there are and all there will be.
+    bare = f"{call.consumerAddress}{call.jobId}" if call.jobId else ""
+    caller = await _caller(call, _selected(call), service, token, bare=bare)
     await service.consumers.use(caller)
     jobs = await any_spelling(service.jobs.stop, _query(call))
     return [wire.provider_status(job, visible(job, caller, request, service)) for job in jobs]
@@ -288,7 +295,7 @@ async def delete(
     """Stop and remove every job of the consumer that matches, with all it has left; answers their last status."""
     if not (call.documentId or call.jobId):
         raise InvalidParameter("jobId: give jobId or documentId, so that it is clear what is to be deleted")
-    caller = await _caller(call, [_selected(call)], service, token)
+    caller = await _caller(call, _selected(call), service, token)
     await service.consumers.use(caller)
     jobs = await any_spelling(service.jobs.delete, _query(call))
     return [wire.provider_status(job, visible(job, caller, request, service)) for job in jobs]
@@ -299,13 +306,13 @@ async def delete(
     name="computeResult",
     response_class=Response,
     responses=answers.RANGE_OF_FILE | answers.GONE,
-    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False),
+    openapi_extra=documented(ResultCall, {**_NAMED, "index": 0}, body=False, headers=[answers.RANGE]),
 )
 async def read_result(call: ResultGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:
     """One file a job has published, by its index in `results`; whole, or a range of it."""
-    caller = await _caller(call, [f"{call.consumerAddress}{call.jobId}{call.index}"], service, token)
-    await service.consumers.use(caller)
+    caller = await _caller(call, f"{call.consumerAddress}{call.jobId}{call.index}", service, token)
     job = await result_of(service, call.jobId, call.index, caller)
+    await service.consumers.use(caller)
     return await download_result(request, service.jobs, job, call.index)
 
 
@@ -370,7 +377,7 @@ async def initialize(call: InitializeAccessGiven, service: ServiceDep) -> dict[s
 )
 async def download(call: DownloadGiven, request: Request, service: ServiceDep, token: Token = "") -> Response:
     """A file of an asset that its owner offers for download and the consumer has ordered."""
-    caller = await _caller(call, [call.documentId], service, token)
+    caller = await _caller(call, call.documentId, service, token)
     ask = DatasetAsk(call.documentId, call.serviceId, call.transferTxId, call.userdata)
     part = await service.broker.download(ask, call.consumerAddress, ordered=True)
     files = part.files or ()
@@ -480,16 +487,16 @@ async def _holder(call: TokenCall, service: Service) -> Caller:
         raise MissingParameter("signature", "createAuthToken")
     if not call.nonce:
         raise MissingParameter("nonce", "createAuthToken")
-    return await service.consumers.caller(call.address, [call.address], call.signature, call.nonce)
+    return await service.consumers.caller(call.address, call.address, call.signature, call.nonce)
 
 
-async def _caller(call: Signed, messages: list[str], service: Service, token: str, *, strict: bool = True) -> Caller:
+async def _caller(call: Signed, message: str, service: Service, token: str, *, bare: str = "") -> Caller:
     if not call.consumerAddress:
         raise MissingParameter("consumerAddress", "")
     if not call.signature and not token:
         raise MissingParameter("signature", "")
     return await service.consumers.caller(
-        call.consumerAddress, messages, call.signature, call.nonce, token=token, strict=strict
+        call.consumerAddress, message, call.signature, call.nonce, token=token, bare=bare
     )
 
 
@@ -509,22 +516,13 @@ def _query(call: Selection) -> JobQuery:
     )
 
 
-def _agreement(caller: Caller, call: Start) -> str:
-    """
-    Of a job without an order: made of what was signed, so that the same call, arriving twice at the same time, is
-    one job. With a token there is no nonce; then every call is a job of its own.
-    """
-    if not caller.nonce:
-        return uuid4().hex
-    signed = f"{caller.address} {caller.nonce} {call.dataset.documentId}"
-    return "0x" + hashlib.sha256(signed.encode()).hexdigest()
-
-
 def _additional(value: Any) -> tuple[DatasetAsk, ...]:
     if value in (None, "", []):
         return ()
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise AssetRefused("additional_input", "invalid", "additionalDatasets: must be a list of data sets")
+    if len(value) >= MAX_DATASETS:
+        raise AssetRefused("additional_input", "invalid", f"give at most {MAX_DATASETS} data sets in all")
     try:
         return tuple(Dataset.model_validate(each).ask for each in value)
     except ValidationError:

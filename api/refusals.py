@@ -70,7 +70,7 @@ def _provider(_: Request, refusal: Refusal) -> Answer:  # noqa: PLR0911 - a tabl
         case AgreementInUse():
             return 400, {
                 "error": {"order": "in_use_or_not_on_chain"},
-                "message": "transferTxId: this order is in use for another job; reuse it on chain, or order anew",
+                "message": "transferTxId: this order has had its job; reuse it on chain, or order anew",
             }
         # The original answers them as faults of a field, with 400.
         case BadSignature():
@@ -92,7 +92,7 @@ def _brizo(request: Request, refusal: Refusal) -> Answer:
         case AssetRefused():
             return 400, {"error": f"{refusal.resource}: {refusal}", "code": refusal.code}
         case AgreementInUse():
-            return 400, {"error": "serviceAgreementId: already in use for another job; name it by jobId, or delete it"}
+            return 400, {"error": "serviceAgreementId: has had its job; to start that one again, name it by jobId"}
         case InvalidWorkflow():
             return _provider(request, refusal)
     return _operator(request, refusal)

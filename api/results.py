@@ -27,13 +27,14 @@ router = APIRouter(prefix=PREFIX, tags=["results"])
     name="resultLink",
     response_class=Response,
     responses=answers.RANGE_OF_FILE | answers.EXPIRED,
+    openapi_extra={"parameters": [answers.RANGE]},
 )
 async def follow(token: str, filename: str, request: Request, service: ServiceDep) -> Response:
     """The file a link was made for. The name at its end decides nothing."""
-    job_id, index = service.links.resolve(token)
+    job_id, index, mark = service.links.resolve(token)
     job = await only_job(service.jobs, job_id)
     if job.expired:
         raise results_expired(job)
-    if index >= len(job.results):
+    if not service.links.holds(job, index, mark):
         raise NoSuchResult("There is no such result any more")
     return await download(request, service.jobs, job, index)

@@ -10,12 +10,13 @@ from fastapi import Depends
 from fastapi.requests import Request
 
 from api import wire
+from api.agreements import Agreements
 from api.auth import Caller, ConsumerGate, OperatorGate
 from api.links import Links
 from api.settings import Settings
 from blocks.assets import spellings
 from flows.broker import Broker
-from flows.errors import JobNotFound, NoSelector
+from flows.errors import AgreementInUse, JobNotFound, NoSelector
 from flows.jobs import Job, JobQuery, Jobs, only_job, parse_job_id
 from flows.workflow import Workflow
 
@@ -27,6 +28,7 @@ class Service:
     broker: Broker
     gate: OperatorGate
     consumers: ConsumerGate
+    agreements: Agreements
     links: Links
 
     @property
@@ -35,10 +37,21 @@ class Service:
         return self.broker.key.address if self.broker.key else ""
 
     async def start(self, workflow: Workflow, earlier: Job | None = None) -> Job:
-        """A new job; or *earlier* once more, under its id. Raises as ``Jobs.submit`` and ``Jobs.restart``."""
+        """
+        A new job of a consumer; or *earlier* once more, under its id.
+
+        Raises:
+            AgreementInUse: The agreement has had its job, also if that was deleted.
+            As ``Jobs.submit`` and ``Jobs.restart``.
+        """
         if earlier is not None:
             return await self.jobs.restart(earlier.id, workflow)
-        return await self.jobs.submit(workflow)
+        used_for = await self.agreements.job_of(workflow.agreement_id)
+        if used_for is not None and not await self.jobs.find(JobQuery(job_id=used_for)):
+            raise AgreementInUse
+        job = await self.jobs.submit(workflow)
+        await self.agreements.use(workflow.agreement_id, job.id)
+        return job
 
     async def own_job(self, job_id: str, caller: Caller) -> Job:
         """The caller's job of this id. Raises JobNotFound, also for another's: nobody learns which ids there are."""
@@ -77,14 +90,16 @@ class Service:
             return [wire.environment(state, address=self.address, fee_token=token) for state in states]
 
         if by_chain or self.settings.environments_by_chain:
-            return {str(chain): on(chain) for chain in known if chain_id in (None, chain)}
+            # Without a chain what is free is on offer to whoever asks, whichever chain it is asked for.
+            chains = known or ((chain_id,) if chain_id is not None else ())
+            return {str(chain): on(chain) for chain in chains if chain_id in (None, chain)}
         return (
             [] if chain_id is not None and known and chain_id not in known else on(chain_id or next(iter(known), None))
         )
 
 
 async def any_spelling(act: Callable[[JobQuery], Awaitable[list[Job]]], query: JobQuery) -> list[Job]:
-    """Find, stop or delete by an agreement with or without 0x: by the first of its spellings that there is a job under."""
+    """Find, stop or delete by an agreement with or without 0x: by the first of its spellings that has a job."""
     if query.agreement_id is None:
         return await act(query)
     for spelling in spellings(query.agreement_id):

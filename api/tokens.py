@@ -6,6 +6,7 @@ import hashlib
 import time
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 from itsdangerous import BadData, URLSafeSerializer
 from sqlalchemy import BigInteger, Column, String, Table, delete, select
@@ -21,7 +22,8 @@ _PURPOSE: Final = b"auth tokens"
 _DELETED: Final = Table(
     "deleted_tokens",
     TABLES,
-    Column("digest", String(64), primary_key=True),
+    # Of the token, and not the token: its text can be spelt in several ways.
+    Column("name", String(32), primary_key=True),
     Column("expires", BigInteger, nullable=False),
 )
 
@@ -50,7 +52,7 @@ class Tokens:
             raise InvalidParameter("expiration: lies in the past; give a Unix time in seconds")
         if left > LONGEST_LIFE:
             raise InvalidParameter(f"expiration: at most {LONGEST_LIFE // 86_400} days from now")
-        return str(self._serializer.dumps([address.lower(), expiration]))
+        return str(self._serializer.dumps([address.lower(), expiration, uuid4().hex]))
 
     async def holder(self, token: str) -> str:
         """
@@ -60,8 +62,7 @@ class Tokens:
             BadToken: Not one of this service, expired, or deleted.
             NotReady
         """
-        address, _ = await self._read(token)
-        return address
+        return (await self._read(token))[0]
 
     async def delete(self, token: str, address: str) -> None:
         """
@@ -71,27 +72,23 @@ class Tokens:
             BadToken: As ``holder``, or it is not that of *address*.
             NotReady
         """
-        holder, expires = await self._read(token)
+        holder, expires, name = await self._read(token)
         if holder != address.lower():
             raise BadToken("The token is another address's")
-        statement = self._database.insert(_DELETED).values(digest=_digest(token), expires=expires)
+        statement = self._database.insert(_DELETED).values(name=name, expires=expires)
         async with self._database.transaction() as connection:
             await connection.execute(delete(_DELETED).where(_DELETED.c.expires < int(time.time())))
-            await connection.execute(statement.on_conflict_do_nothing(index_elements=[_DELETED.c.digest]))
+            await connection.execute(statement.on_conflict_do_nothing(index_elements=[_DELETED.c.name]))
 
-    async def _read(self, token: str) -> tuple[str, int]:
+    async def _read(self, token: str) -> tuple[str, int, str]:
         try:
-            address, expires = self._serializer.loads(token)
+            address, expires, name = self._serializer.loads(token)
         except BadData:
             raise BadToken("The token is not one of this service") from None
         if expires <= time.time():
             raise BadToken("The token has expired")
         async with self._database.transaction() as connection:
-            deleted = await connection.execute(select(_DELETED.c.digest).where(_DELETED.c.digest == _digest(token)))
+            deleted = await connection.execute(select(_DELETED.c.name).where(_DELETED.c.name == name))
         if deleted.first() is not None:
             raise BadToken("The token has been deleted")
-        return address, expires
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+        return address, expires, name

@@ -91,7 +91,7 @@ class ResultEntry(BaseModel):
     type: str
     index: int
     url: str | None
-    sha256: str
+    sha256: str | None = Field(description="null where there is no URL: it would tell of a small file what it holds")
 
 
 class OperatorStatus(JobStatus):
@@ -259,7 +259,7 @@ def _results_told(job: Job, view: View) -> dict[str, Any]:
                 type=result.kind,
                 index=index,
                 url=view.link(job, index) if view.link else None,
-                sha256=result.sha256,
+                sha256=result.sha256 if view.link else None,
             )
             for index, result in view.results(job)
         ]

@@ -129,8 +129,6 @@ class Container(_Part):
 
 
 class AlgorithmMetadata(_Part):
-    language: str | None = None
-    version: str | None = None
     container: Container = Container()
     parameters: Annotated[tuple[ConsumerParameter, ...], BeforeValidator(_or_empty)] = Field(
         default=(), alias="consumerParameters"

@@ -331,8 +331,9 @@ class LocalCatalogue(Catalogue):
     ``AssetMalformed``, so that no later catalogue answers for it. The same holds for a DID that stands twice.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, seconds_between_looks: float = SECONDS_BETWEEN_LOOKS) -> None:
         self._path = path
+        self._seconds = seconds_between_looks
         self._state = _State()
         self._look_after = 0.0
         self._looking = threading.Lock()
@@ -385,7 +386,7 @@ class LocalCatalogue(Catalogue):
             for problem in sorted(set(state.problems) - set(self._state.problems)):
                 _log.warning("catalogue: %s: %s", *problem)
             self._state = state
-            self._look_after = time.monotonic() + SECONDS_BETWEEN_LOOKS
+            self._look_after = time.monotonic() + self._seconds
             return state
 
     def _files(self) -> tuple[dict[str, tuple[Path, _Signature]], list[Problem]]:

@@ -176,9 +176,6 @@ class Ordered:
     service_index: int
     consumer: str
 
-    def did(self, chain_id: int) -> str:
-        return did_of(self.nft, chain_id)
-
 
 def did_of(nft_address: str, chain_id: int) -> str:
     """The DID of the asset whose NFT this is, as Ocean v4 defines it. Raises: ValueError for no address."""

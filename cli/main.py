@@ -1,7 +1,8 @@
-"""The command line: ``c2d up``, ``c2d demo``, ``c2d demo-chain``, ``c2d plan``."""
+"""The command line: ``c2d up``, ``c2d demo``, ``c2d demo-chain``, ``c2d plan``, ``c2d catalogue``."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Annotated
 import httpx
 from cyclopts import App, Parameter
 from rich.console import Console
+from rich.table import Table
 
+from blocks.assets import LocalAsset
+from blocks.catalogue import CatalogueUnavailable, LocalCatalogue, Problem
 from blocks.environment import state_folder
 from cli.demo import DemoFailed, run_demo
 from cli.demo_chain import run_demo_chain
@@ -123,6 +127,34 @@ def plan(workflow: Path, *, environments: Annotated[Path, Parameter()] = ROOT / 
             _errors.print(str(problem), markup=False, highlight=False, soft_wrap=True)
         return 1
     return 0
+
+
+@app.command
+def catalogue(path: Path | None = None) -> int:
+    """Show what a catalogue offers, and everything that is wrong with it. Needs no server.
+
+    Parameters
+    ----------
+    path
+        The folder or file (default: catalogue in $C2D_STATE, else .c2d/catalogue).
+    """
+    try:
+        assets, problems = asyncio.run(_offered(LocalCatalogue(path or state_folder() / "catalogue")))
+    except CatalogueUnavailable as fault:
+        _failed(str(fault))
+        return 1
+    table = Table("did", "type", "services", "name")
+    for asset in assets:
+        services = ", ".join(f"{service.id} ({service.type})" for service in asset.services)
+        table.add_row(asset.id, asset.metadata.type, services, asset.metadata.name)
+    _console.print(table)
+    for problem in problems:
+        _failed(f"{problem.file}: {problem.sentence}")
+    return 1 if problems else 0
+
+
+async def _offered(catalogue: LocalCatalogue) -> tuple[tuple[LocalAsset, ...], tuple[Problem, ...]]:
+    return await catalogue.assets(), await catalogue.problems()
 
 
 def _line(text: str) -> None:

@@ -457,8 +457,12 @@ class Service:
         *text* without credentials: those of the definitions and of the environment, logins in URLs, and what
         pydantic quotes of a value that it refuses.
         """
-        options = [block.results_options for block in self._environments]
-        options += [block.fetch_options for block in self._environments]
+        options = [
+            option
+            for block in self._environments
+            for option in (block.results_options, block.fetch_options, block.chains, block.signer)
+            if option is not None
+        ]
         secrets = {*_texts([option.get_secret_value() for option in options]), *_credentials(self.environment())}
         for secret in sorted(secrets, key=len, reverse=True):
             # Prefect breaks the lines that it prints, and draws frames around some: also in the middle of a word.
@@ -557,7 +561,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _credentials(variables: Mapping[str, str]) -> Iterator[str]:
     for name, value in variables.items():
-        if re.search("KEY|TOKEN|SECRET|PASSW|AUTH|CREDENTIAL", name) and not name.endswith("_FILE"):
+        if re.search("KEY|TOKEN|SECRET|PASSW|AUTH|CREDENTIAL|SIGNER|CHAINS", name) and not name.endswith("_FILE"):
             yield from _texts(value)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -27,7 +27,8 @@ from blocks.guard import guarded_session
 from blocks.keys import FilesUnavailable, Lack, ProviderKey, files_of
 from blocks.limits import FetchLimits, Offer
 from blocks.provider_fees import Initialized, ProviderRefuses, ProviderUnreachable, initialize
-from blocks.remote import Access, Unreachable, remotes
+from blocks.remote import Access, Unreachable, check_file, remotes
+from blocks.urls import ForbiddenUrl
 from flows.errors import AssetRefused, InvalidParameter, NotReady, SourceFailed, UnknownEnvironment
 from flows.jobs import Job, JobQuery, Jobs
 from flows.plan import compile_plan
@@ -38,8 +39,12 @@ MAX_DATASETS: Final = 100
 _NEEDED: Final = ("documentId", "serviceId")
 SECONDS_TO_CHECK: Final = 60.0
 """Deadline of reading an algorithm for its checksum."""
-MOST_CHECKS: Final = 4
-"""Algorithms read at a time for their checksums; whoever asks what a job costs can have one read."""
+MOST_READS: Final = 4
+"""Calls for which files are read at a time, to check or describe them: strangers can have that done."""
+
+
+async def _no_sources() -> Sequence[tuple[FetchLimits, Access]]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ class Broker:
     Args:
         chains: By id. Without any, only free environments are on offer, and only assets of no chain can be used.
         limits, access: How this process itself may fetch, to look at files and to hand them on.
+        sources: The same of the environments, for files that only these can reach.
+        reads: Held while files are read for a call.
         deny_unlisted: A data set that names no trusted algorithms and publishers allows none, instead of any.
         metadata_url: Where remote assets can be looked up by a worker.
         default_environment: Where jobs run whose consumers name no environment, or cannot.
@@ -141,7 +148,8 @@ class Broker:
     metadata_url: str = ""
     default_environment: str = ""
     now: Callable[[], float] = time.time
-    _checks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CHECKS), repr=False)
+    sources: Callable[[], Awaitable[Sequence[tuple[FetchLimits, Access]]]] = _no_sources
+    reads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READS), repr=False)
 
     async def offers(self) -> dict[str, Offer]:
         """What consumers are offered, by id: without a chain nobody can pay, so then only what is free."""
@@ -418,13 +426,8 @@ class Broker:
                     f"a service for computing has to be this provider's: {fault}",
                 ) from None
             raise AssetRefused(resource, "file_unavailable", f"the files cannot be had: {fault}") from None
-        missing = [each.name for each in service.parameters if each.required and each.name not in ask.userdata]
-        if missing:
-            # The names are a stranger's text.
-            named = ", ".join(name for name in missing if _PLAIN_NAME.fullmatch(name)) or "what the asset requires"
-            raise AssetRefused(resource, "invalid", f"userdata: {named} must be given")
         try:
-            return tuple(file.given(ask.userdata) for file in files)
+            return given_to(files, service, ask.userdata)
         except BadParameters as fault:
             raise AssetRefused(resource, "invalid", f"userdata: {fault}") from None
 
@@ -501,14 +504,25 @@ class Broker:
                 "algorithm", "file_unavailable", "its files are at another provider, so nobody can check them"
             )
         try:
-            async with (
-                asyncio.timeout(SECONDS_TO_CHECK),
-                self._checks,
-                remotes(self.limits, self.access) as opened,
-            ):
-                return [await _sha256(opened, file, self.limits.algorithm_bytes) for file in algorithm.files]
+            async with asyncio.timeout(SECONDS_TO_CHECK), self.reads:
+                return [await self._checksum(file) for file in algorithm.files]
         except (Unreachable, TimeoutError):
             raise AssetRefused("algorithm", "file_unavailable", "the algorithm cannot be read to check it") from None
+
+    async def _checksum(self, file: File) -> str:
+        limits, access = await self.reach(file)
+        async with remotes(limits, access) as opened:
+            return await _sha256(opened, file, limits.algorithm_bytes)
+
+    async def reach(self, file: File) -> tuple[FetchLimits, Access]:
+        """How *file* is read from here: as this process may, else as the first environment that may."""
+        for limits, access in ((self.limits, self.access), *(await self.sources())):
+            try:
+                check_file(file, limits, access)
+            except ForbiddenUrl:
+                continue
+            return limits, access
+        return self.limits, self.access
 
     def _check_named(self, part: Part) -> None:
         if part.asset.chain_id is None:
@@ -735,6 +749,27 @@ _TRUST: Final = {
 }
 
 
+def given_to(files: Iterable[File], service: AssetService, userdata: Mapping[str, Any]) -> tuple[File, ...]:
+    """
+    *files* of *service* with a consumer's *userdata*: all that its owner requires, and nothing that its owner has not
+    declared (``consumerParameters``). With another parameter a trusted algorithm could become another one, and a
+    source could be asked, with its owner's credentials, what the owner never meant to answer.
+
+    Raises:
+        BadParameters
+    """
+    missing = [each.name for each in service.parameters if each.required and each.name not in userdata]
+    if missing:
+        # The names are a stranger's text.
+        named = ", ".join(name for name in missing if _PLAIN_NAME.fullmatch(name)) or "what the asset requires"
+        raise BadParameters(f"{named} must be given")
+    declared = {each.name for each in service.parameters}
+    if not declared.issuperset(userdata):
+        named = ", ".join(sorted(name for name in declared if _PLAIN_NAME.fullmatch(name)))
+        raise BadParameters(f"its owner has declared no others than {named}" if named else "it takes none")
+    return tuple(file.given(userdata) for file in files)
+
+
 async def _sha256(opened: Any, file: File, ceiling: int) -> str:
     digest = hashlib.sha256()
     size = 0
@@ -799,6 +834,11 @@ def _container(ask: AlgorithmAsk, algorithm: Part | None) -> Container:
         metadata = algorithm.asset.metadata.algorithm
         if metadata is None:
             raise AssetRefused("algorithm", "not_algo", "the asset does not describe an algorithm")
+        custom = ask.custom_data if isinstance(ask.custom_data, Mapping) else {}
+        missing = [each.name for each in metadata.parameters if each.required and each.name not in custom]
+        if missing:
+            named = ", ".join(filter(_PLAIN_NAME.fullmatch, missing)) or "what the algorithm requires"
+            raise AssetRefused("algorithm", "invalid", f"algocustomdata: {named} must be given")
         return metadata.container
     code = "missing_entrypoint_image_checksum"
     given = (ask.meta or {}).get("container")
@@ -811,15 +851,16 @@ def _container(ask: AlgorithmAsk, algorithm: Part | None) -> Container:
 
 
 def _written(container: Container) -> dict[str, str]:
-    """In the form of a workflow document, where an empty part is left out."""
-    return {name: value for name, value in container.model_dump().items() if value}
+    """In the form of a workflow document, where an empty part is left out and a checksum is in lower case."""
+    written = container.model_copy(update={"checksum": container.checksum.lower()})
+    return {name: value for name, value in written.model_dump().items() if value}
 
 
 def _code(ask: AlgorithmAsk, algorithm: Part | None) -> dict[str, Any]:
     common = {"algocustomdata": ask.custom_data, "algouserdata": dict(ask.userdata) or None}
     if algorithm is None:
         meta = ask.meta or {}
-        given = {name: meta[name] for name in ("rawcode", "remote", "envs") if meta.get(name)}
+        given = {name: meta[name] for name in ("id", "rawcode", "remote", "envs") if meta.get(name)}
         if meta.get("url"):
             try:
                 given["file"] = parse_file(meta["url"] if isinstance(meta["url"], Mapping) else {"url": meta["url"]})

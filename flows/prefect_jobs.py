@@ -38,7 +38,8 @@ from prefect.flow_runs import wait_for_flow_run
 from prefect.states import Cancelled, Cancelling, Scheduled
 
 from blocks.environment import ComputeEnvironment, load_environments
-from blocks.limits import Offer
+from blocks.limits import FetchLimits, Offer
+from blocks.remote import Access
 from blocks.store import Manifest, NotStored, StoreUnavailable
 from flows.build import fetch_key
 from flows.compute import DOCUMENT, FLOW_NAME
@@ -365,6 +366,11 @@ class PrefectJobs(Jobs):
                 known = await asyncio.gather(*(self._environment_state(b) for _, b in sorted(blocks.items())))
             self._offers_cache[None] = known
         return known
+
+    async def sources(self) -> list[tuple[FetchLimits, Access]]:
+        """How each environment may fetch and what it fetches with, by id. Raises NotReady."""
+        async with _reaching_out():
+            return [(block.offer.fetch, block.access()) for _, block in sorted((await self._blocks()).items())]
 
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
         job = await only_job(self, job_id)

@@ -22,7 +22,9 @@ from eth_account.messages import encode_defunct
 from eth_account.signers.local import LocalAccount
 from eth_utils.crypto import keccak
 from fastapi import FastAPI
+from sqlalchemy import text
 
+from api.agreements import Agreements
 from api.app import create_app
 from api.protocol import JsonProtocol
 from api.settings import Settings
@@ -139,6 +141,7 @@ class Client:
         service = self.app.state.service
         broker = replace(service.broker, jobs=self.jobs)
         self.app.state.service = replace(service, jobs=self.jobs, broker=broker)
+        self._portal.call(_forget, service.agreements)
         return self
 
     def started(self, **changes: Any) -> str:
@@ -148,6 +151,12 @@ class Client:
     def job(self, job_id: str) -> Job:
         """As the jobs under the app have it."""
         return self._portal.call(only_job, self.jobs, job_id)
+
+
+async def _forget(agreements: Agreements) -> None:
+    """Which agreements were used: the jobs they were used for are gone."""
+    async with agreements._database.transaction() as connection:
+        await connection.execute(text("DELETE FROM used_agreements"))
 
 
 @contextmanager
@@ -181,9 +190,11 @@ def serving(app: FastAPI) -> Iterator[str]:
     while not server.started:
         assert thread.is_alive(), "the server has not started"
         time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def spec(name: str) -> Any:

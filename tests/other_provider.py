@@ -46,6 +46,7 @@ def ddo(
                 "datatokenAddress": "",
                 "serviceEndpoint": endpoint,
                 "timeout": 0,
+                "consumerParameters": [{"name": name, "type": "text"} for name in ("rows", "of", "token")],
             }
         ],
         "credentials": {"allow": [{"type": "address", "values": list(allow)}] if allow else [], "deny": []},

@@ -107,6 +107,31 @@ def test_an_agreement_is_good_for_one_job(client: Client) -> None:
     assert 400 == client.post(COMPUTE, json=other).status_code
 
 
+def test_an_agreement_is_known_with_and_without_0x(client: Client) -> None:
+    """squid-js leaves it out in every call; however it is written, it is one agreement and one job."""
+    bare = AGREEMENT.removeprefix("0x")
+    job = started(client)
+    again = client.post(COMPUTE, json=signed(ALICE, bare, algorithmMeta=META))
+    assert (job["jobId"], AGREEMENT) == (again.json()["jobId"], again.json()["agreementId"])
+    for spelling in (AGREEMENT, bare, bare.upper()):
+        (found,) = client.get(COMPUTE, params={"serviceAgreementId": spelling}).json()
+        assert job["jobId"] == found["jobId"]
+    assert [] == client.get(COMPUTE, params={"serviceAgreementId": BOBS}).json()
+    assert 7 == client.put(COMPUTE, json=signed(ALICE, bare)).json()["status"]
+    restarted = client.post(COMPUTE, json=signed(ALICE, bare, job["jobId"], algorithmMeta=META))
+    assert (job["jobId"], 1) == (restarted.json()["jobId"], restarted.json()["status"])
+    assert 8 == client.delete(COMPUTE, json=signed(ALICE, bare)).json()["status"]
+
+
+def test_a_job_is_restarted_under_its_own_agreement(client: Client) -> None:
+    """Another one that the consumer may use does not replace it."""
+    job = started(client)
+    assert 200 == client.put(COMPUTE, json=signed(ALICE, AGREEMENT)).status_code
+    other = client.post(COMPUTE, json=signed(ALICE, BOBS, job["jobId"], algorithmMeta=META))
+    assert 400 == other.status_code
+    assert "its own agreement" in other.json()["error"]
+
+
 def test_agreements_bind_consumer_and_algorithm(client: Client) -> None:
     """What the owner has granted to somebody, for something, is nobody else's."""
     for call, code in (
@@ -192,6 +217,8 @@ def test_stop_restart_and_delete(client: Client) -> None:
     told = client.delete(COMPUTE, params=signed(ALICE, "", job_id)).json()
     assert (8, "Job deleted successfully") == (told["status"], told["statusText"])
     assert [] == client.get(COMPUTE, params={"jobId": job_id}).json()
+    answer = client.post(COMPUTE, json=signed(ALICE, AGREEMENT, algorithmMeta=META))
+    assert 400 == answer.status_code, "an agreement is good for one job, also when that is deleted"
 
 
 def test_the_agreement_is_found_on_disk_alone(client: Client, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -13,7 +15,9 @@ from werkzeug.http import parse_options_header
 from api.download import content_disposition
 from api.links import Links
 from flows.errors import LinkExpired, NoSuchResult
+from flows.jobs import Job
 from flows.sealing import create_key_file
+from flows.status import Status
 from tests.factories import OWNER, Client, client, result, settings
 
 BODY = b"0123456789"
@@ -183,7 +187,7 @@ def test_a_link_expires(folder: Path, job_id: str, local: Client) -> None:
     """410, and only for links that this service has made."""
     create_key_file(folder / "key")
     expired = Links(folder / "key", seconds=-1)
-    token = expired.path(job_id, 0, "f").split("/")[3]
+    token = expired.path(local.job(job_id), 0).split("/")[3]
     with pytest.raises(LinkExpired):
         expired.resolve(token)
     with pytest.raises(NoSuchResult):
@@ -194,18 +198,43 @@ def test_a_link_expires(folder: Path, job_id: str, local: Client) -> None:
     assert (410, {"error": str(LinkExpired())}) == (answer.status_code, answer.json())
 
 
+def finished(body: bytes = b"x") -> Job:
+    """A job with one result."""
+    return Job(
+        id="0" * 32,
+        owner="0x1",
+        agreement_id="a",
+        environment="default",
+        status=Status.COMPLETED,
+        created=datetime.now(UTC),
+        results=(result("f", body)[0],),
+    )
+
+
+def test_a_link_is_for_the_file_it_was_made_for(tmp_path: Path) -> None:
+    """A job that is started again may have another one in its place, which may be for fewer."""
+    create_key_file(tmp_path / "key")
+    links = Links(tmp_path / "key", 60)
+    job = finished()
+    _, index, mark = links.resolve(links.path(job, 0).split("/")[3])
+    assert links.holds(job, index, mark)
+    assert not links.holds(finished(b"y"), index, mark)
+    assert not links.holds(replace(job, results=()), index, mark)
+
+
 def test_links_outlive_a_new_key_while_the_old_one_is_listed(tmp_path: Path) -> None:
     """The newest key stands first in the key file."""
     file = tmp_path / "key"
     old, new = Fernet.generate_key(), Fernet.generate_key()
     file.write_bytes(old)
-    token = Links(file, 60).path("job", 0, "f").split("/")[3]
+    job = finished()
+    token = Links(file, 60).path(job, 0).split("/")[3]
     file.write_bytes(new + b"\n" + old)
     rotated = Links(file, 60)
-    assert ("job", 0) == rotated.resolve(token)
-    newer = rotated.path("job", 0, "f").split("/")[3]
+    assert (job.id, 0) == rotated.resolve(token)[:2]
+    newer = rotated.path(job, 0).split("/")[3]
     file.write_bytes(new)
-    assert ("job", 0) == Links(file, 60).resolve(newer)
+    assert (job.id, 0) == Links(file, 60).resolve(newer)[:2]
     with pytest.raises(NoSuchResult):
         Links(file, 60).resolve(token)
 

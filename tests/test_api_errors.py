@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from api.app import create_app
 from api.parameters import BodyTooLarge
+from blocks.catalogue import Catalogues
+from flows.broker import Broker
 from flows.errors import AssetRefused, InvalidWorkflow, LinkExpired, MissingParameter, NotReady, Problem, Refusal
 from flows.jobs import Job, JobQuery, MemoryJobs
 from tests import factories
@@ -216,12 +219,15 @@ def test_a_method_that_is_not_there_is_answered_with_those_that_are(
     "request_head",
     [b"hello\r\n\r\n", b"GET / HTTP/1.1\r\nAuthToken: \x00\r\n\r\n", b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n"],
 )
-def test_what_is_no_http_is_answered_in_json(failing: Client, request_head: bytes) -> None:
+def test_what_is_no_http_is_answered_in_json(tmp_path: Path, request_head: bytes) -> None:
     """By the server, before the app hears of it; uvicorn's own answer is plain text."""
-    with factories.serving(failing.app) as url:
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
-            connection.sendall(request_head)
-            head, _, body = b"".join(iter(lambda: connection.recv(65_536), b"")).partition(b"\r\n\r\n")
+    app = create_app(settings(tmp_path), Broker(jobs=MemoryJobs(offers()), catalogue=Catalogues([])))
+    with (
+        factories.serving(app) as url,
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection,
+    ):
+        connection.sendall(request_head)
+        head, _, body = b"".join(iter(lambda: connection.recv(65_536), b"")).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert b"content-type: application/json" in head
     assert ["error"] == list(json.loads(body))
@@ -251,6 +257,7 @@ def test_the_document_tells_what_is_taken(failing: Client) -> None:
     query = {part["name"]: part for part in calls["computeResult"]["parameters"]}
     assert "^[0-9a-fA-F]{32}$" == query["jobId"]["schema"]["pattern"]
     assert "integer" == query["index"]["schema"]["type"]
+    assert isinstance(query["nonce"]["example"], str)
     assert {"consumerAddress", "jobId", "index"} == {name for name, part in query.items() if part["required"]}
 
 

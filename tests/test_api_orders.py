@@ -724,9 +724,10 @@ def test_what_could_not_be_started_is_not_sold(market: Market, algorithm: dict[s
 def test_nobody_asks_for_the_price_of_everything(market: Market) -> None:
     """As many data sets as a job may have, and at least one."""
     item = market.dataset()
-    for datasets in ([], [item.named()] * 101):
-        answer = market.costs(*datasets)
-        assert (400, {"datasets": "invalid"}) == (answer.status_code, answer.json()["error"])
+    none = market.costs()
+    assert (400, {"datasets": "invalid"}) == (none.status_code, none.json()["error"])
+    many = market.costs(*[item.named()] * 101)
+    assert (400, ["datasets"]) == (many.status_code, list(many.json()["errors"]))
     twice = market.costs(item.named(), item.named())
     assert (400, True) == (twice.status_code, "input 0 has this id too" in twice.json()["error"])
 
@@ -810,7 +811,7 @@ def test_an_order_is_an_agreement_of_brizos(market: Market) -> None:
     shouted = "0x" + tx_id[2:].upper()
     for spelled in (tx_id, shouted):
         answer = market.client.post(BRIZO, json=brizo(market, spelled, algorithmMeta=other))
-        assert (400, True) == (answer.status_code, "already in use" in answer.json()["error"]), answer.text
+        assert (400, True) == (answer.status_code, "has had its job" in answer.json()["error"]), answer.text
     error, _ = market.refused(item.named(tx_id), algorithm={"meta": other})
     assert {"order": "in_use_or_not_on_chain"} == error
 

@@ -77,7 +77,6 @@ class House:
         for asset in assets:
             path = self._folder / f"{asset['name']}.yaml"
             path.write_text(yaml.safe_dump(dict(asset)), encoding="utf-8")
-        time.sleep(1.05)  # the catalogue looks for changes once a second
 
     def start(self, key: LocalAccount = ALICE, **call: Any) -> Any:
         """POST compute on ``data``, with raw code unless *call* says otherwise; the HTTP answer."""
@@ -113,7 +112,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Client]:
     settings = factories.settings(tmp_path_factory.mktemp("settings"), admins=ADMIN.address)
     with factories.client(
-        settings, catalogue=LocalCatalogue(folder), key=KEY, limits=FetchLimits(networks=("127.0.0.0/8",))
+        settings,
+        catalogue=LocalCatalogue(folder, seconds_between_looks=0),
+        key=KEY,
+        limits=FetchLimits(networks=("127.0.0.0/8",)),
     ) as client:
         yield client
 
@@ -206,8 +208,28 @@ def test_a_call_that_is_refused_leaves_the_nonce(house: House) -> None:
     assert 200 == house.client.post(f"{SERVICES}/compute", json={**body, "dataset": dataset_}).status_code
 
 
+def test_jobs_are_selected_by_agreement_id_as_ocean_js_gives_it(house: House) -> None:
+    """The order with or without 0x, or the data set; beside a jobId it does not count."""
+    compute = f"{SERVICES}/compute"
+    first, second = house.started(), house.started()
+
+    def found(**query: str) -> list[str]:
+        return [
+            job["jobId"] for job in house.client.get(compute, params=query | {"consumerAddress": ALICE.address}).json()
+        ]
+
+    agreement = house.client.job(first).agreement_id
+    assert agreement.startswith("0x")
+    assert [first] == found(agreementId=agreement) == found(agreementId=agreement.removeprefix("0x"))
+    assert [first, second] == found(agreementId=did("data"))
+    assert [] == found(agreementId="0x" + "77" * 32)
+    assert [second] == found(agreementId=agreement, jobId=second)
+    stopped = house.client.put(compute, json=consumer_signed(ALICE) | {"agreementId": agreement.removeprefix("0x")})
+    assert [(first, 7)] == [(job["jobId"], job["status"]) for job in stopped.json()]
+
+
 def test_status_unsigned_has_no_url(house: House) -> None:
-    """Names and sizes only for who knows the job's id; the owner, signed, sees links that work; an admin also logs."""
+    """Names and sizes by the job's id, no checksum; the owner, signed, sees links; an admin what is for admins."""
     job_id = house.started()
     house.client.jobs.publish(
         job_id,
@@ -223,6 +245,7 @@ def test_status_unsigned_has_no_url(house: House) -> None:
     (job,) = house.client.get(f"{SERVICES}/compute", params={"jobId": job_id}).json()
     assert "http" not in json.dumps(job)
     assert ["out.txt", "algorithm.log"] == [result["filename"] for result in job["results"]]
+    assert [None, None] == [result["sha256"] for result in job["results"]]
     signed = consumer_signed(ALICE, job_id)
     (job,) = house.client.get(f"{SERVICES}/compute", params={**signed, "jobId": job_id}).json()
     assert b"result" == house.client.get(job["resultsUrls"][0]).content
@@ -230,8 +253,10 @@ def test_status_unsigned_has_no_url(house: House) -> None:
     assert "configuration.log" not in json.dumps(job)
     signed = consumer_signed(ADMIN, job_id)
     (seen,) = house.client.get(f"{SERVICES}/compute", params={**signed, "jobId": job_id}).json()
-    (log,) = [result for result in seen["results"] if result["type"] == "configrationLog"]
-    assert b"secret" == house.client.get(log["url"]).content
+    assert ["configrationLog"] == [result["type"] for result in seen["results"]]
+    assert b"secret" == house.client.get(seen["results"][0]["url"]).content
+    output = {**consumer_signed(ADMIN, job_id, 0), "jobId": job_id, "index": 0}
+    assert 404 == house.client.get(f"{SERVICES}/computeResult", params=output).status_code
 
 
 def test_results_are_for_the_owner_and_the_whitelist(house: House) -> None:
@@ -287,7 +312,7 @@ def test_delete_without_a_job_named_is_refused(house: House) -> None:
 
 
 def test_a_stop_whose_nonce_is_sent_but_not_signed(house: House) -> None:
-    """As a widespread client signs it. It can be repeated by nobody else, since its nonce has to grow, too."""
+    """As a widespread client signs it: for one job, and once."""
     job_id = house.started()
     nonce = str(next_nonce())
     body = {"consumerAddress": ALICE.address, "jobId": job_id, "nonce": nonce, "agreementId": ""}
@@ -295,7 +320,79 @@ def test_a_stop_whose_nonce_is_sent_but_not_signed(house: House) -> None:
     answer = house.client.put(f"{SERVICES}/compute", json=body)
     assert [7] == [job["status"] for job in answer.json()]
     assert 400 == house.client.put(f"{SERVICES}/compute", json=body).status_code
+    body["nonce"] = str(next_nonce())
+    assert 400 == house.client.put(f"{SERVICES}/compute", json=body).status_code
     assert 400 == house.client.delete(f"{SERVICES}/compute", json=body).status_code
+    every = {"consumerAddress": ALICE.address, "nonce": str(next_nonce()), "signature": sign(ALICE, ALICE.address)}
+    assert 400 == house.client.put(f"{SERVICES}/compute", json=every).status_code
+    empty = {**consumer_signed(ALICE), "jobId": ""}
+    answer = house.client.put(f"{SERVICES}/compute", json=empty)
+    assert (400, ["jobId"]) == (answer.status_code, list(answer.json()["errors"]))
+
+
+def test_digits_cannot_be_moved_from_an_index_to_the_nonce(house: House) -> None:
+    """The parts of what is signed stand side by side: one text is good for one call, however it is taken apart."""
+    fred: LocalAccount = Account.from_key(b"\x0f" * 32)
+    job_id = house.started(fred)
+    house.client.jobs.publish(job_id, [factories.result(f"{n}.txt", b"x") for n in range(13)])
+    house.client.jobs.move(job_id, Status.COMPLETED)
+    call = {**consumer_signed(fred, job_id, 12), "jobId": job_id, "index": 12}
+    assert 200 == house.client.get(f"{SERVICES}/computeResult", params=call).status_code
+    moved = {**call, "index": 1, "nonce": f"2{call['nonce']}"}
+    assert 400 == house.client.get(f"{SERVICES}/computeResult", params=moved).status_code
+    again = {**consumer_signed(fred, job_id, 1), "jobId": job_id, "index": 1}
+    assert 200 == house.client.get(f"{SERVICES}/computeResult", params=again).status_code
+
+
+def test_a_result_that_is_not_there_leaves_the_nonce(house: House) -> None:
+    """So that it can be asked for again once it is."""
+    job_id = house.started()
+    call = {**consumer_signed(ALICE, job_id, 0), "jobId": job_id, "index": 0}
+    assert 404 == house.client.get(f"{SERVICES}/computeResult", params=call).status_code
+    house.client.jobs.publish(job_id, [factories.result("out.txt", b"result")])
+    assert 200 == house.client.get(f"{SERVICES}/computeResult", params=call).status_code
+
+
+def test_only_declared_parameters_reach_a_source(house: House, file_server: FileServer) -> None:
+    """Else a trusted algorithm could become another, and a stranger could ask with the owner's credentials."""
+    url = file_server.add(b"data")
+    house.offer(
+        dataset("plain", files=[url]),
+        dataset("asks", files=[url], consumerParameters=[{"name": "year", "type": "text", "required": True}]),
+        dataset("closed", files=[url], allow=[BOB.address], consumerParameters=[{"name": "year", "type": "text"}]),
+        algorithm("algo", files=[url]),
+    )
+    published = {"documentId": did("algo"), "serviceId": "access"}
+    evil = {**published, "userdata": {"ref": "evil"}}
+    assert {"algorithm": "invalid"} == house.refused(algorithm=evil)
+    for name, userdata, status in (
+        ("plain", {}, 200),
+        ("plain", {"name": "Smith"}, 400),
+        ("asks", {}, 400),
+        ("asks", {"year": "2001"}, 200),
+        ("asks", {"year": "2001", "name": "Smith"}, 400),
+    ):
+        named = {"documentId": did(name), "serviceId": "compute", "userdata": userdata}
+        assert status == house.start(dataset=named).status_code, (name, userdata)
+    for name, userdata, status in (
+        ("plain", {"name": "Smith"}, 400),
+        ("asks", {"year": "2001"}, 200),
+        ("closed", {"year": "2001"}, 400),
+        ("closed", {}, 200),
+    ):
+        asked = {"did": did(name), "serviceId": "compute", "userdata": userdata}
+        answer = house.client.post(f"{SERVICES}/fileinfo", json=asked)
+        assert status == answer.status_code, (name, userdata, answer.text)
+
+
+def test_too_many_data_sets_are_refused_before_they_cost_anything(house: House) -> None:
+    """In both calls that name them."""
+    one = {"documentId": did("data"), "serviceId": "compute"}
+    assert {"additional_input": "invalid"} == house.refused(additionalDatasets=[one] * 100)
+    ask = {"datasets": [one] * 101, "algorithm": {"meta": META}, "consumerAddress": ALICE.address}
+    ask["compute"] = {"env": "small", "validUntil": int(time.time()) + 600}
+    answer = house.client.post(f"{SERVICES}/initializeCompute", json=ask)
+    assert (400, ["datasets"]) == (answer.status_code, list(answer.json()["errors"]))
 
 
 def test_a_delete_whose_nonce_is_signed_but_not_sent(house: House) -> None:
@@ -346,7 +443,9 @@ def test_a_token_stands_for_signatures_until_it_is_deleted(house: House) -> None
     assert 400 == house.client.get(f"{SERVICES}/computeResult", params=mine).status_code
     gone = {"address": ALICE.address, "token": token}
     assert 200 == house.client.delete(f"{SERVICES}/deleteAuthToken", json=gone).status_code
-    assert 401 == house.client.get(f"{SERVICES}/computeResult", params=mine, headers={"AuthToken": token}).status_code
+    for spelt in (token, f"{token}=", f"{token}=="):
+        answer = house.client.get(f"{SERVICES}/computeResult", params=mine, headers={"AuthToken": spelt})
+        assert 401 == answer.status_code
 
 
 @pytest.mark.parametrize("expiration", [0, int(time.time()) - 1, int(time.time()) + 400 * 86_400])
@@ -488,6 +587,8 @@ def test_environments_as_an_array_and_by_chain(house: House) -> None:
     assert KEY.address == one["consumerAddress"]
     assert one["nCPU"] == one["cpuNumber"]
     assert {} == house.client.get(f"{SERVICES}/computeEnvironments", params={"byChain": 1}).json()
+    by_chain = house.client.get(f"{SERVICES}/computeEnvironments", params={"byChain": 1, "chainId": 8996}).json()
+    assert ["small"] == [each["id"] for each in by_chain["8996"]]
     answer = house.start(environment="dear")
     assert (400, "Environment invalid or does not exist") == (answer.status_code, answer.json()["error"])
 

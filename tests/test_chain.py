@@ -512,7 +512,7 @@ async def test_what_a_transaction_has_ordered(chain: LocalChain, orders: Chain, 
         ordered = await orders.ordered(tx_id)
         assert (bought.nft.lower(), bought.datatoken.lower()) == (ordered.nft, ordered.datatoken)
         assert (3, chain.consumer.address.lower()) == (ordered.service_index, ordered.consumer)
-        assert bought.did == ordered.did(chain.chain_id)
+        assert bought.did == did_of(ordered.nft, chain.chain_id)
 
 
 async def test_a_transaction_that_orders_nothing(chain: LocalChain, orders: Chain, bought: Published) -> None:
