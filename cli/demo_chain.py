@@ -106,9 +106,9 @@ def run_demo_chain(state: Path, console: Console) -> Path:
             say(f"paid: {paid / 10**DECIMALS:g} of the fee token, and a datatoken for each asset\n")
             job_id = consumer.start(datasets, algorithm, orders, str(environment["id"]))
             console.print(f"POST {SERVICES}/compute -> job {job_id}\n")
-            job = follow(lambda: consumer.status(job_id), console)
+            follow(lambda: consumer.status(job_id), console)
             folder = state / "results" / job_id
-            download(client, consumer.links(job, job_id), folder, console)
+            download(client, consumer.results(job_id), folder, console)
         say("stopped everything")
     show(folder, console)
     return folder
@@ -183,11 +183,12 @@ class Consumer:
         return str(answer[0]["jobId"])
 
     def status(self, job_id: str) -> dict[str, Any]:
-        """Unsigned: without links."""
+        """Unsigned: without links and checksums."""
         return dict(self._call("computeStatus", params={"jobId": job_id})[0])
 
-    def links(self, job: Mapping[str, Any], job_id: str) -> list[dict[str, Any]]:
-        """The results of the job, each with the signed URL it can be fetched from, once."""
+    def results(self, job_id: str) -> list[dict[str, Any]]:
+        """Of the job, which has ended: each with the signed URL it can be fetched from, once."""
+        (job,) = self._call("computeStatus", params={**self._signed(job_id), "jobId": job_id})
         _, path = self._endpoints["computeResult"]
         results = []
         for result in job["results"]:

@@ -458,7 +458,7 @@ def test_ending_the_worker_ends_its_runs(site: Site, runs: Runs) -> None:
         told = [runs.told(into) for _, into in submitted]
         left = fork_servers(worker)
         worker.process.send_signal(signal.SIGTERM)
-        worker.process.wait(15.0)
+        worker.process.wait(40.0)
         assert not any(alive(process["pid"]) for process in told)
         wait_for(lambda: not any(alive(server.pid) for server in left), 5.0)
     assert Path(f"{submitted[0][1]}.stopped").exists()
