@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,3 +49,14 @@ def test_every_phase_has_a_task() -> None:
     """What can be planned can be done."""
     assert set(Phase) == set(TASK_FOR)
     assert len(Phase) == len({task.fn for task in TASK_FOR.values()})
+
+
+def test_every_code_of_the_contract_is_provoked() -> None:
+    """What section 6 promises the Provider's clients, some test of its dialect has seen answered."""
+    root = Path(__file__).parent
+    contract = (root.parent / "docs" / "contract.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"and codes `([^`]+)`", contract)
+    codes = set(re.findall(r"\w+", listed))
+    seen = "".join((root / name).read_text(encoding="utf-8") for name in ("test_api_provider.py", "test_api_orders.py"))
+    assert len(codes) > 20
+    assert set() == {code for code in codes if f'"{code}"' not in seen}
