@@ -103,11 +103,7 @@ async def start(call: StartGiven, request: Request, service: ServiceDep) -> wire
 async def read_status(call: SelectionGiven, request: Request, service: ServiceDep) -> list[wire.BrizoStatus]:
     """Status of every job that matches all that is given. Unsigned it comes without URLs."""
     caller = await _caller(call, service) if call.signature else ANONYMOUS
-    query = JobQuery(
-        job_id=parse_job_id(call.jobId) if call.jobId else None,
-        agreement_id=call.serviceAgreementId or None,
-        owner=call.consumerAddress,
-    )
+    query = _query(call)
     if query.empty:
         raise InvalidParameter("give one of serviceAgreementId, jobId and consumerAddress")
     jobs = await any_spelling(service.jobs.find, query)

@@ -109,12 +109,10 @@ async def _named(broker: Broker, did: str, service_id: str, parameters: Mapping[
         if service is None:
             raise InvalidParameter("serviceId: Invalid serviceId")
         files = files_of(asset, service, broker.key)
-        if not parameters:
-            return files
-        if asset.credentials.allow or asset.credentials.deny:
-            # Nobody signs here, and what a source answers to a parameter can be told by its size.
-            raise InvalidParameter("userdata: is not taken here for an asset that is not for everybody")
-        return given_to(files, service, parameters)
+        # Nobody signs here, and what a source answers to a parameter can be told by its size: of an asset that is not
+        # for everybody the files are described as they are without any.
+        restricted = asset.credentials.allow or asset.credentials.deny
+        return files if restricted or not parameters else given_to(files, service, parameters)
     except BadParameters as fault:
         raise InvalidParameter(f"userdata: {fault}") from None
     except CatalogueUnavailable:

@@ -20,6 +20,7 @@ import yaml
 from aiohttp import web
 from eth_account.signers.local import LocalAccount
 
+from cli.demo_chain import IMAGE
 from cli.local_chain import CHAIN_ID, LocalChain, Published
 from cli.service import ROOT, Service
 from tests import clients
@@ -54,13 +55,6 @@ files = [path for did in json.loads(os.environ["DIDS"]) for path in sorted((inpu
 pathlib.Path(os.environ["OUTPUTS"], "sizes.json").write_text(json.dumps([path.stat().st_size for path in files]))
 """
 RESULT: Final = json.dumps([len(DATA)])
-
-CONTAINER: Final = {
-    "image": "python",
-    "tag": "3.12-slim",
-    "entrypoint": "python3 $ALGO",
-    "checksum": "sha256:" + "0" * 64,
-}
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ class World:
             "license": "CC0",
         }
         if kind == "algorithm":
-            metadata["algorithm"] = {"language": "python", "version": "1", "container": CONTAINER}
+            metadata["algorithm"] = {"language": "python", "version": "1", "container": IMAGE}
         rules = {
             "allowRawAlgorithm": False,
             "allowNetworkAccess": False,
@@ -266,7 +260,7 @@ def squid_js(world: World, tmp_path_factory: pytest.TempPathFactory) -> Steps:
         account,
         did=did,
         agreements=agreements,
-        algorithm={"language": "python", "format": "py", "version": "1", "container": CONTAINER},
+        algorithm={"language": "python", "format": "py", "version": "1", "container": IMAGE},
         quick=ALGORITHM.replace("SECONDS", "0"),
         slow=ALGORITHM.replace("SECONDS", "100"),
     )

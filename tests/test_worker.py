@@ -139,7 +139,8 @@ class Site:
         log = self.folder / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "prefect", *arguments],
+                # A shell that starts the tests in the background has SIGINT ignored, by which a worker is stopped.
+                ["env", "--default-signal=INT", sys.executable, "-m", "prefect", *arguments],
                 cwd=ROOT,
                 env=self.environment(**variables),
                 stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import combinations
 from typing import Any, Final
 
@@ -741,6 +742,8 @@ def spoiled(draw: st.DrawFn) -> Any:
             ),
         ]
     )
+    # Of its own: parts of it are constants, and what was spoiled once would be spoiled in the next document.
+    document = deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         part: Any = document
         while isinstance(part, dict | list) and part:
