@@ -177,8 +177,11 @@ def _definitions(path: Path) -> Path:
         {**environment, "offer": {**environment["offer"], "id": name, "price_min": price}}
         for name, price in ((FREE, "0"), (PAID, PRICE))
     ]
-    register, job = document["deployments"]
-    document["deployments"] = [register, {**job, "name": FREE}, {**job, "name": PAID}]
+    register, job, _ = document["deployments"]
+    document["deployments"] = [
+        register,
+        *({**job, "name": name, "work_pool": {**job["work_pool"], "work_queue_name": name}} for name in (FREE, PAID)),
+    ]
     path.write_text(yaml.safe_dump(document), encoding="utf-8")
     return path
 
