@@ -51,7 +51,7 @@ class ComputeEnvironment(Block):
 
     offer: Offer = Field(description="What consumers see, and the limits every job is held to.")
     work_pool: str = Field(description="The Prefect work pool whose workers run its jobs.")
-    work_pool_type: str = Field(default="process", description="Used when the pool has to be made.")
+    work_pool_type: str = Field(default="warm-process", description="Used when the pool has to be made.")
     runner: Literal["process"] = Field(default="process", description="How an algorithm is shut in.")
     allow_unsandboxed: bool = Field(
         default=False,

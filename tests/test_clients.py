@@ -171,8 +171,6 @@ def _definitions(path: Path) -> Path:
     """As the checkout's, with two environments: one that is free, and one that is not."""
     document = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
     (environment,) = document["definitions"]["environments"]
-    # A warm process, since nothing of what is tested here depends on which kind of process it is.
-    environment["work_pool_type"] = "warm-process"
     document["definitions"]["environments"] = [
         {**environment, "offer": {**environment["offer"], "id": name, "price_min": price}}
         for name, price in ((FREE, "0"), (PAID, PRICE))

@@ -47,7 +47,7 @@ def one(id: str, *, pool: str = "", offer: dict[str, object] | None = None, **mo
 def test_what_this_checkout_offers() -> None:
     """prefect.yaml defines one environment with the limits it says, on a pool that is one of its deployments."""
     (only,) = read_definitions(ROOT / "prefect.yaml")
-    assert ("default", "c2d", "process", 2) == (only.offer.id, only.work_pool, only.work_pool_type, only.offer.max_jobs)
+    assert ("default", "c2d", "warm-process", 2) == (only.offer.id, only.work_pool, only.work_pool_type, only.offer.max_jobs)
     assert (3600, 2 * GIB, 10 * GIB) == (
         only.offer.limits.seconds,
         only.offer.limits.memory_bytes,
@@ -184,7 +184,7 @@ def test_registered_environments_are_on_offer(client: SyncPrefectClient, names: 
     defined = {environment.offer.id: environment.offer for environment in read_definitions(path)}
     assert defined == {id: offer for id, offer in offers(client).items() if id in names}
     pools = [client.read_work_pool(f"pool-{id}") for id in names]
-    assert [("process", None)] * 2 == [(pool.type, pool.concurrency_limit) for pool in pools]
+    assert [("warm-process", None)] * 2 == [(pool.type, pool.concurrency_limit) for pool in pools]
     assert [3, 2] == [slots(client, f"pool-{id}", id) for id in names]
 
 
