@@ -22,7 +22,6 @@ run as the algorithm's user without a filter, and could be taken over through /p
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import resource
@@ -30,13 +29,12 @@ import select
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -47,19 +45,33 @@ from typing import IO, Any, Final
 import psutil
 
 from blocks.limits import GIB, MIB, Limits
-from blocks.runner import Ending, Execution, ExitReport, Folders, Image, Runner
+from blocks.run_folder import (
+    LOG_NAME,
+    DiskWatch,
+    give_back,
+    hand_over,
+    private_uid,
+    scratch_bytes,
+    unlinked,
+)
+from blocks.runner import (
+    GRACE,
+    TICK,
+    Ending,
+    Execution,
+    ExitReport,
+    Folders,
+    Image,
+    Runner,
+    told_of_code,
+    told_of_limit,
+)
 
-TICK: Final = 0.05
-"""Seconds between two looks at a run."""
-GRACE: Final = 0.5
-"""Seconds between SIGTERM and SIGKILL at the deadline."""
 SETUP: Final = 30.0
 """Seconds a sandbox may take to stand; it takes some hundredths."""
-NOBODY: Final = 65534
 
 _BIN: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PYTHON_LINKS: Final = "/run/python"
-_LOG_NAME: Final = "algorithm.log"
 
 
 @dataclass(frozen=True)
@@ -172,8 +184,8 @@ def _carry_out(runner: ProcessRunner, execution: Execution, *, sandboxed: bool, 
             log = undo.enter_context(folders.log.open("ab"))
             groups = undo.enter_context(_cgroups(execution)) if runner.cgroups else _Cgroups()
             if sandboxed:
-                uid = _private_uid(execution.name)
-                _hand_over(folders, uid)
+                uid = private_uid(execution.name)
+                hand_over(folders, uid)
                 descriptors = _sandbox_arguments(runner, execution, uid, undo)
                 command = [
                     *(runner.bwrap, "--args", str(descriptors[-1]), "--"),
@@ -204,7 +216,7 @@ def _carry_out(runner: ProcessRunner, execution: Execution, *, sandboxed: bool, 
                 )
             except _NotStarted:
                 if groups.oom_kills():
-                    return ExitReport(Ending.OUT_OF_MEMORY, None, 0.0, _detail(Ending.OUT_OF_MEMORY, limits))
+                    return ExitReport(Ending.OUT_OF_MEMORY, None, 0.0, told_of_limit(Ending.OUT_OF_MEMORY, limits))
                 raise
             began = time.monotonic()
             child.order(orders)
@@ -215,37 +227,12 @@ def _carry_out(runner: ProcessRunner, execution: Execution, *, sandboxed: bool, 
                 # Whatever the code: a parent may not have noticed that a child was killed.
                 ending = Ending.OUT_OF_MEMORY
     finally:
-        written = _give_back(folders, sandboxed=sandboxed)
+        written = give_back(folders, shown=sandboxed)
     if ending is Ending.EXITED and (code == 128 + signal.SIGXFSZ or written >= limits.disk_bytes):
         ending = Ending.DISK_FULL
     if ending is Ending.EXITED:
-        return ExitReport(ending, code, seconds, _exit_detail(code))
-    return ExitReport(ending, None, seconds, _detail(ending, limits))
-
-
-def _detail(ending: Ending, limits: Limits) -> str:
-    match ending:
-        case Ending.OUT_OF_MEMORY:
-            return f"ran out of its {_amount(limits.memory_bytes)} of memory"
-        case Ending.DISK_FULL:
-            return f"wrote more than its {_amount(limits.disk_bytes)} of disk"
-        case Ending.STOPPED:
-            return "on request"
-        case _:
-            return f"ran longer than its {limits.seconds:g} s"
-
-
-def _exit_detail(code: int) -> str:
-    with suppress(ValueError):
-        return f"was ended by {signal.Signals(code - 128).name}"
-    return ""
-
-
-def _amount(size: int) -> str:
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.4g} {name}"
-    return f"{size} bytes"
+        return ExitReport(ending, code, seconds, told_of_code(code))
+    return ExitReport(ending, None, seconds, told_of_limit(ending, limits))
 
 
 # --- What is started ------------------------------------------------------------------------------------------
@@ -354,24 +341,6 @@ def _threads_of_this_user() -> int:
     return sum(p.info["num_threads"] or 0 for p in mine if p.info["uids"].real == os.getuid())
 
 
-def _private_uid(name: str) -> int:
-    """
-    The user of one run, so that its processes are counted alone and no other run's are within its reach.
-
-    The upper half of the ids this process can become (a container may have 65536 of them), which no
-    distribution gives to people. That two of a thousand simultaneous runs share one has a chance below one in a
-    thousand; then they share the count of processes.
-    """
-    if os.geteuid() != 0:
-        return NOBODY
-    extents = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    end = min(max(inside + count for inside, _, count in extents), 2**31)
-    if end <= NOBODY:
-        raise _NotStarted("the user namespace of the service has no user ids for algorithms")
-    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
-    return end // 2 + digest % (end - end // 2 - 1)
-
-
 # --- The sandbox ----------------------------------------------------------------------------------------------
 
 
@@ -420,7 +389,7 @@ def _sandbox_arguments(runner: ProcessRunner, execution: Execution, uid: int, un
         *("--ro-bind", folders.transformations, "/data/transformations"),
         *("--bind", folders.outputs, "/data/outputs"),
         *("--bind", folders.logs, "/data/logs"),
-        *("--ro-bind", folders.log, f"/data/logs/{_LOG_NAME}"),
+        *("--ro-bind", folders.log, f"/data/logs/{LOG_NAME}"),
         *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/data"),
     ]
     holding(b"".join(os.fsencode(argument) + b"\0" for argument in arguments))
@@ -539,6 +508,10 @@ class _Child:
     orders: IO[bytes]
     mark: str | None
     """A line of the environment by which a plain run's strays are known; None in a sandbox, which has none."""
+
+    @property
+    def scratch_seen_by(self) -> int | None:
+        return self.top.pid if self.mark is None else None
 
     def order(self, text: str) -> None:
         # A broken pipe: the run is over already, its exit code will tell.
@@ -694,7 +667,7 @@ def _watch(
 ) -> Ending:
     """Wait for the end or for a limit. Only at the deadline and on a stop has the algorithm been asked to end."""
     memory = _MemoryWatch(child, limits.memory_bytes)
-    with closing(_DiskWatch(child, folders, limits.disk_bytes)) as disk:
+    with closing(DiskWatch(folders, limits.disk_bytes, members=child.members, top=child.scratch_seen_by)) as disk:
         while not child.wait(min(TICK, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 child.ask_to_end(deadline + GRACE)
@@ -722,7 +695,8 @@ class _MemoryWatch:
         if began < self._due:
             return False
         members = self._child.members()
-        elsewhere = sum(_scratch(self._child)) + sum(f.st_blocks * 512 for f, memory in _unlinked(members) if memory)
+        elsewhere = sum(scratch_bytes(self._child.scratch_seen_by))
+        elsewhere += sum(f.st_blocks * 512 for f, memory in unlinked(members) if memory)
         exceeded = elsewhere + sum(map(_resident, members)) > self._limit
         if exceeded:
             # Resident sizes count a page once per process that shares it; before a run dies for it, it is
@@ -743,200 +717,6 @@ def _proportional(process: psutil.Process) -> int:
     with suppress(psutil.Error):
         return int(process.memory_full_info().pss)
     return _resident(process)
-
-
-class _DiskWatch:
-    """
-    What the run has written, measured in slices between two looks at the run.
-
-    A tree may have millions of entries: the deadline does not wait for their sum, and a measurement that was
-    expensive is not repeated soon.
-    """
-
-    SLICE: Final = 0.02
-    LONGEST: Final = 30.0
-
-    def __init__(self, child: _Child, folders: Folders, limit: int) -> None:
-        self._child = child
-        self._folders = folders
-        self._limit = limit
-        self._sizes: Generator[int, None, None] | None = None
-        self._total = 0
-        self._cost = 0.0
-        self._due = 0.0
-
-    def full(self) -> bool:
-        began = time.monotonic()
-        if self._sizes is None:
-            if began < self._due:
-                return False
-            self._sizes, self._total, self._cost = self._measure(), 0, 0.0
-        for size in self._sizes:
-            self._total += size
-            if self._total >= self._limit:
-                return True
-            if time.monotonic() - began > self.SLICE:
-                self._cost += self.SLICE
-                return False
-        self._sizes = None
-        now = time.monotonic()
-        self._cost += now - began
-        self._due = now + min(10 * self._cost, self.LONGEST)
-        return False
-
-    def close(self) -> None:
-        """End a measurement that is under way: it holds a folder open."""
-        if self._sizes is not None:
-            self._sizes.close()
-
-    def _measure(self) -> Generator[int, None, None]:
-        yield _size(self._folders.log.lstat())
-        yield from _scratch(self._child)
-        tops = (self._folders.outputs, self._folders.logs)
-        devices = {top.stat().st_dev for top in tops}
-        for found, _ in _unlinked(self._child.members()):
-            if found.st_dev in devices:
-                yield _size(found)
-        for top in tops:
-            for folder, name, found in _entries(top):
-                if os.geteuid() != 0 and stat.S_ISDIR(found.st_mode) and found.st_mode & 0o700 != 0o700:
-                    # Not for root, who may enter anyway. What is closed cannot be measured, and would be opened
-                    # at the end of the run in any case.
-                    _open_up(folder, name)
-                yield _size(found)
-
-
-def _size(found: os.stat_result) -> int:
-    """
-    Bytes an entry counts for: what it occupies or, if more, what it would occupy as a copy in the results. Never
-    less than a block: a machine runs out of inodes as it runs out of bytes.
-    """
-    return max(found.st_size, found.st_blocks * 512, 4096)
-
-
-def _scratch(child: _Child) -> Iterator[int]:
-    """Bytes on each tmpfs of the sandbox."""
-    if child.mark is None:
-        for folder in ("tmp", "dev/shm"):
-            with suppress(OSError):
-                state = os.statvfs(f"/proc/{child.top.pid}/root/{folder}")
-                yield (state.f_blocks - state.f_bfree) * state.f_frsize
-
-
-def _unlinked(members: Iterable[psutil.Process]) -> Iterator[tuple[os.stat_result, bool]]:
-    """Files without a name, alive in a descriptor only, and whether they are memory (memfd) and not on a disk."""
-    seen = set()
-    for process in members:
-        with suppress(OSError):
-            for link in Path(f"/proc/{process.pid}/fd").iterdir():
-                with suppress(OSError):
-                    found = link.stat()
-                    identity = (found.st_dev, found.st_ino)
-                    if found.st_nlink == 0 and stat.S_ISREG(found.st_mode) and identity not in seen:
-                        seen.add(identity)
-                        yield found, str(link.readlink()).startswith("/memfd:")
-
-
-# --- Folders of a run -----------------------------------------------------------------------------------------
-
-
-def _entries(top: Path) -> Iterator[tuple[int, str, os.stat_result]]:
-    """
-    Everything below *top*, a folder before its content, as (descriptor of its folder, name, lstat).
-
-    Never follows a link and never opens anything but folders, so neither a swapped name nor a pipe can mislead or
-    hold it. Holds two descriptors at any depth, deeper than any path can be long. Follows what changes meanwhile
-    as far as it can: a branch that is moved away is left out.
-    """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    here = os.open(top, flags)
-    levels: list[tuple[tuple[int, int], list[str]]] = []
-    try:
-        while True:
-            folders = []
-            with suppress(PermissionError), os.scandir(here) as listing:
-                for entry in listing:
-                    with suppress(OSError):
-                        found = entry.stat(follow_symlinks=False)
-                        yield here, entry.name, found
-                        if stat.S_ISDIR(found.st_mode):
-                            folders.append(entry.name)
-            levels.append((_identity(here), folders))
-            deeper = None
-            while deeper is None:
-                while levels[-1][1] and deeper is None:
-                    with suppress(OSError):
-                        deeper = os.open(levels[-1][1].pop(), flags, dir_fd=here)
-                if deeper is None:
-                    levels.pop()
-                    if not levels:
-                        return
-                    above = os.open("..", flags, dir_fd=here)
-                    os.close(here)
-                    here = above
-                    if _identity(here) != levels[-1][0]:
-                        return
-            os.close(here)
-            here = deeper
-    finally:
-        os.close(here)
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino
-
-
-def _open_up(folder: int, name: str) -> None:
-    """Let the owner of a folder in. By descriptor: chmod would follow a link put there meanwhile."""
-    with suppress(OSError):
-        descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        try:
-            Path(f"/proc/self/fd/{descriptor}").chmod(0o700 | stat.S_IMODE(os.fstat(descriptor).st_mode))
-        finally:
-            os.close(descriptor)
-
-
-def _hand_over(folders: Folders, uid: int) -> None:
-    """As root, make the folders the algorithm writes its own and those it reads readable for it."""
-    if os.geteuid() != 0:
-        return
-    for top in (folders.outputs, folders.logs):
-        os.chown(top, uid, uid, follow_symlinks=False)
-        top.chmod(0o700 | stat.S_IMODE(top.stat().st_mode))
-    folders.log.chmod(0o444 | stat.S_IMODE(folders.log.stat().st_mode))
-    for top in (folders.inputs, folders.ddos, folders.transformations):
-        top.chmod(0o555 | stat.S_IMODE(top.stat().st_mode))
-        for folder, name, found in _entries(top):
-            wanted = 0o555 if stat.S_ISDIR(found.st_mode) or found.st_mode & 0o100 else 0o444
-            plain = stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
-            if plain and found.st_mode & wanted != wanted:
-                os.chmod(name, wanted | stat.S_IMODE(found.st_mode), dir_fd=folder)
-
-
-def _give_back(folders: Folders, *, sandboxed: bool) -> int:
-    """
-    Make everything a run has left the caller's and readable by it; return the bytes written.
-
-    Nothing of the run is alive, so what a name stands for does not change between two calls.
-    """
-    written = _size(folders.log.lstat())
-    for top in (folders.outputs, folders.logs):
-        if os.geteuid() == 0:
-            os.chown(top, os.geteuid(), os.getegid(), follow_symlinks=False)
-        top.chmod(0o700 | (0o777 & top.stat().st_mode))
-        for folder, name, found in _entries(top):
-            written += _size(found)
-            if found.st_uid != os.geteuid():
-                os.chown(name, os.geteuid(), os.getegid(), dir_fd=folder, follow_symlinks=False)
-            # Less setuid, setgid and sticky: the owner is another one now.
-            mode = (0o700 if stat.S_ISDIR(found.st_mode) else 0o600) | (0o777 & found.st_mode)
-            if not stat.S_ISLNK(found.st_mode) and mode != stat.S_IMODE(found.st_mode):
-                os.chmod(name, mode, dir_fd=folder)
-    if sandboxed:
-        # Where the log was shown; empty here, and the algorithm could not remove or replace it.
-        (folders.logs / _LOG_NAME).unlink(missing_ok=True)
-    return written
 
 
 # --- Cgroups --------------------------------------------------------------------------------------------------

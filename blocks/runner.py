@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from threading import Event
+from typing import Final
 
-from blocks.limits import Limits
+from blocks.limits import GIB, MIB, Limits
+
+TICK: Final = 0.05
+"""Seconds between two looks at a run."""
+GRACE: Final = 0.5
+"""Seconds between SIGTERM and SIGKILL, at the deadline and on a stop."""
 
 
 class Ending(StrEnum):
@@ -25,6 +33,8 @@ class Ending(StrEnum):
     """On request, after the processes were asked to end."""
     REFUSED = "refused"
     """Nothing was started: this runner cannot shut the algorithm in here."""
+    IMAGE_UNAVAILABLE = "image unavailable"
+    """Nothing was started: the image is not here and could not be had."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,22 @@ class Image:
     checksum: str | None = None
     """``sha256:…`` of the image's manifest; an image with one is addressed by digest."""
 
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.checksum}" if self.checksum else f"{self.name}:{self.tag}"
+
+
+class ImageUnavailable(Exception):
+    """Why an image cannot be had, as one sentence for the consumer, without credentials."""
+
+
+Progress = Callable[[int, int, int, int], None]
+"""Told how far a transfer is: bytes done, bytes in all, parts done, parts in all."""
+
+
+def _untold(done_bytes: int, total_bytes: int, done: int, total: int) -> None:
+    """For whom nobody waits."""
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -67,6 +93,8 @@ class Execution:
     variables: Mapping[str, str] = field(default_factory=dict)
     """Beside these the runner sets VOLUME, INPUTS, OUTPUTS, LOGS and ALGO to the paths as the algorithm sees them."""
     network: bool = False
+    job: str = ""
+    """Whose run this is; a job may have several, under names of their own."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,33 @@ class ExitReport:
     @property
     def ok(self) -> bool:
         return self.ending is Ending.EXITED and self.code == 0
+
+
+def told_of_limit(ending: Ending, limits: Limits) -> str:
+    """A detail of a report, for an ending by a limit or a stop."""
+    match ending:
+        case Ending.OUT_OF_MEMORY:
+            return f"ran out of its {_amount(limits.memory_bytes)} of memory"
+        case Ending.DISK_FULL:
+            return f"wrote more than its {_amount(limits.disk_bytes)} of disk"
+        case Ending.STOPPED:
+            return "on request"
+        case _:
+            return f"ran longer than its {limits.seconds:g} s"
+
+
+def told_of_code(code: int) -> str:
+    """A detail of a report, for an ending by itself."""
+    with suppress(ValueError):
+        return f"was ended by {signal.Signals(code - 128).name}"
+    return ""
+
+
+def _amount(size: int) -> str:
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.4g} {name}"
+    return f"{size} bytes"
 
 
 class Runner(ABC):
@@ -102,6 +157,33 @@ class Runner(ABC):
         Pre-state: any. Effect: none outside the process; may probe the machine by starting a trivial program.
         Safe to repeat: always.
         """
+
+    def fetch_image(self, image: Image, *, on_progress: Progress = _untold, stop: Event | None = None) -> Image:
+        """
+        Get the image here before anything is to run in it. Blocks for as long as that takes; setting *stop* ends it.
+        A runner without containers has nothing to do.
+
+        Returns:
+            The image with the checksum by which it is known from now on, where it has one; a run of it is a run of
+            what was fetched, whatever its tag comes to mean meanwhile.
+
+        Safe to repeat: always.
+        Raises: ImageUnavailable.
+        """
+        return image
+
+    def jobs_left(self) -> frozenset[str]:
+        """Jobs of this service of which something is outside their folders, running or not; see ``remove_job``."""
+        return frozenset()
+
+    def remove_job(self, job: str) -> None:
+        """
+        End what runs for a job and remove all that is left of its runs outside the folders.
+
+        For a job nobody works on any more: deleted, or left by a process that died together with whatever was to
+        tidy up after it. Safe to repeat: always.
+        """
+        return
 
     @abstractmethod
     def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:

@@ -21,7 +21,7 @@ from threading import Event
 
 import psutil
 
-from blocks.process import NOBODY
+from blocks.run_folder import NOBODY
 from blocks.runner import Execution, ExitReport, Runner
 
 HERE = Path(__file__).resolve().parent.parent

@@ -24,7 +24,8 @@ import psutil
 import pytest
 
 from blocks.limits import MIB, Limits
-from blocks.process import NOBODY, ProcessRunner
+from blocks.process import ProcessRunner
+from blocks.run_folder import NOBODY
 from blocks.runner import Ending, Execution, ExitReport, Folders, Image, Runner
 from tests.runner_support import Dropped, caller, reachable_python
 
