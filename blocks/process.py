@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import resource
 import select
 import shlex
@@ -65,6 +64,7 @@ from blocks.runner import (
     Runner,
     told_of_code,
     told_of_limit,
+    without_paths,
 )
 
 SETUP: Final = 30.0
@@ -648,15 +648,8 @@ def _await_readiness(state: int) -> None:
             raise _NotStarted(f"no sandbox within {SETUP:g} s")
         more = os.read(state, 4096)
         if not more:
-            raise _NotStarted(_sentence(said))
+            raise _NotStarted(without_paths(said.decode(errors="replace")) or "the sandbox ended before it stood")
         said += more
-
-
-def _sentence(said: bytes) -> str:
-    """The last line of what a tool said, printable, short, and without paths of this machine."""
-    lines = said.decode(errors="replace").strip().splitlines() or ["the sandbox ended before it stood"]
-    printable = "".join(c for c in lines[-1] if c.isprintable())
-    return re.sub(r"(?<![\w/])/[^\s:;,'\"]+", "(path)", printable)[:200]
 
 
 # --- Limits that are watched ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -75,7 +76,7 @@ Progress = Callable[[int, int, int, int], None]
 """Told how far a transfer is: bytes done, bytes in all, parts done, parts in all."""
 
 
-def _untold(done_bytes: int, total_bytes: int, done: int, total: int) -> None:
+def untold(done_bytes: int, total_bytes: int, done: int, total: int) -> None:
     """For whom nobody waits."""
 
 
@@ -111,6 +112,13 @@ class ExitReport:
     @property
     def ok(self) -> bool:
         return self.ending is Ending.EXITED and self.code == 0
+
+
+def without_paths(text: str) -> str:
+    """The last line of what a tool said, printable, short, and without paths of this machine."""
+    line = (text.strip().splitlines() or [""])[-1]
+    printable = "".join(c for c in line if c.isprintable())
+    return re.sub(r"(?<![\w/])/[^\s:;,'\"]+", "(path)", printable)[:200]
 
 
 def told_of_limit(ending: Ending, limits: Limits) -> str:
@@ -158,7 +166,7 @@ class Runner(ABC):
         Safe to repeat: always.
         """
 
-    def fetch_image(self, image: Image, *, on_progress: Progress = _untold, stop: Event | None = None) -> Image:
+    def fetch_image(self, image: Image, *, on_progress: Progress = untold, stop: Event | None = None) -> Image:
         """
         Get the image here before anything is to run in it. Blocks for as long as that takes; setting *stop* ends it.
         A runner without containers has nothing to do.

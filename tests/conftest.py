@@ -30,6 +30,7 @@ os.environ["C2D_STATE"] = f"{_FOLDER.name}/state"
 if TYPE_CHECKING:
     from cli.local_chain import LocalChain
     from cli.service import Service
+    from tests.docker_engine import Engine
     from tests.file_server import FileServer
 
 DEFINITIONS: Final = Path(__file__).parent / "prefect.yaml"
@@ -79,6 +80,16 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalChain]:
     from cli.local_chain import LocalChain
 
     with LocalChain(tmp_path_factory.mktemp("chain")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """A Docker engine of its own. For tests marked ``docker``."""
+    from tests.docker_engine import docker_engine
+
+    # A short path: its socket is in it.
+    with tempfile.TemporaryDirectory(prefix="c2d-docker-") as folder, docker_engine(Path(folder)) as started:
         yield started
 
 

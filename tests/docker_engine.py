@@ -1,0 +1,189 @@
+"""
+A real Docker engine and a real registry for tests, started with folders of their own and stopped by their pids.
+
+The images are put together from what is on this machine, so that nothing has to be downloaded. Needs root, and what
+``scripts/install-docker`` installs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import docker
+from docker.errors import DockerException
+
+from blocks.containers import DockerRunner
+from blocks.runner import Image
+
+IMAGE: Final = Image("c2d-tests/python", "3")
+"""Python, sh and the usual tools."""
+
+_TOOLS: Final = """
+    cat chmod cp cut df echo env false grep head id ln ls mkdir mv nohup rm seq setsid sh sleep sort stat tail
+    touch tr true wc
+""".split()  # noqa: SIM905
+_LEFT_OUT: Final = {"test", "idlelib", "tkinter", "__pycache__", "ensurepip", "lib2to3", "turtledemo"}
+
+
+@dataclass
+class Engine:
+    """A Docker engine."""
+
+    folder: Path
+    client: docker.DockerClient
+    process: subprocess.Popen[bytes]
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        return f"unix://{self.folder}/docker.sock"
+
+    def runner(self, **more: Any) -> DockerRunner:
+        """On this engine, with the machine's network for those who may have one: the engine has no bridge."""
+        return DockerRunner(**{"host": self.host, "network": "host", "service": str(self.folder), **more})
+
+    def build(self, image: Image, changes: Sequence[str] = (), files: Mapping[str, bytes] | None = None) -> None:
+        """An image of Python and the usual tools, with further *files*, and *changes* as in a Dockerfile."""
+        path = self.folder / "image.tar"
+        with path.open("wb") as file:
+            _assemble(file, files or {})
+        try:
+            self.import_archive(image, path, changes)
+        finally:
+            path.unlink()
+
+    def import_archive(self, image: Image, path: Path, changes: Sequence[str] = ()) -> None:
+        with path.open("rb") as file:
+            answer = self.client.api.import_image_from_data(
+                file, repository=image.name, tag=image.tag, changes=["ENV PATH=/usr/bin:/bin", *changes]
+            )
+        told = [json.loads(line) for line in answer.splitlines()]
+        assert not any("error" in line for line in told), told
+
+    def containers(self) -> list[str]:
+        return sorted(container.name for container in self.client.containers.list(all=True))
+
+
+@contextmanager
+def docker_engine(folder: Path, **configuration: Any) -> Iterator[Engine]:
+    """
+    An engine with IMAGE in it, without networks but ``none`` and ``host``.
+
+    *folder* has to have a short path: a socket's may have 107 characters.
+    """
+    for name in ("data", "exec"):
+        (folder / name).mkdir()
+    runtimes = {}
+    if runsc := shutil.which("runsc"):
+        runtimes["runsc"] = {"path": runsc, "runtimeArgs": ["--platform=ptrace", "--network=none"]}
+    (folder / "daemon.json").write_text(json.dumps({"runtimes": runtimes, **configuration}))
+    log = folder / "dockerd.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                "dockerd",
+                *("--config-file", folder / "daemon.json", "--host", f"unix://{folder}/docker.sock"),
+                *("--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "docker.pid"),
+                *("--cgroup-parent", f"/{folder.name}"),
+                *("--containerd-namespace", folder.name, "--containerd-plugins-namespace", f"{folder.name}-plugins"),
+                *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"),
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        with closing(_client(folder, process, log)) as client:
+            engine = Engine(folder, client, process)
+            engine.build(IMAGE)
+            yield engine
+            for container in client.containers.list(all=True):
+                container.remove(force=True, v=True)
+    finally:
+        _stop(process, folder)
+
+
+def _client(folder: Path, process: subprocess.Popen[bytes], log: Path) -> docker.DockerClient:
+    patience = time.monotonic() + 60
+    while True:
+        with suppress(DockerException):
+            return docker.DockerClient(base_url=f"unix://{folder}/docker.sock")
+        assert process.poll() is None and time.monotonic() < patience, log.read_text()[-2000:]
+        time.sleep(0.1)
+
+
+def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for mount in Path("/proc/self/mountinfo").read_text().splitlines():
+        if (where := mount.split()[4]).startswith(f"{folder}/"):
+            subprocess.run(["umount", "--lazy", where], check=False)
+    for cgroup in Path("/sys/fs/cgroup").glob(f"*/{folder.name}"):
+        with suppress(OSError):
+            cgroup.rmdir()
+
+
+# --- An image of what is here ---------------------------------------------------------------------------------
+
+
+def _assemble(into: Any, more: Mapping[str, bytes]) -> None:
+    program = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    assert program, "no Python of the system to make an image of"
+    script = "import sys, sysconfig; print(sys.executable); print(sysconfig.get_path('stdlib'))"
+    executable, library = subprocess.check_output([program, "-I", "-c", script], text=True).split()
+    files: dict[str, Path] = {}
+    programs = [Path(executable)]
+    for top, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        for name in names:
+            files[f"{top}/{name}"] = Path(top, name).resolve()
+            if ".so" in name:
+                programs.append(Path(top, name))
+    for name in _TOOLS:
+        found = shutil.which(name, path="/usr/bin:/bin")
+        assert found, name
+        files[f"/bin/{name}"] = Path(found).resolve()
+        programs.append(Path(found))
+    for name in ("python3", "python"):
+        files[f"/usr/bin/{name}"] = Path(executable).resolve()
+    for library_of in programs:
+        files |= {path: Path(path).resolve() for path in _libraries(library_of)}
+    with tarfile.open(fileobj=into, mode="w|") as archive:
+        for path, mode in {"/tmp": 0o1777, "/data": 0o755, "/root": 0o700, "/etc": 0o755}.items():
+            folder = tarfile.TarInfo(f".{path}")
+            folder.type, folder.mode = tarfile.DIRTYPE, mode
+            archive.addfile(folder)
+        for path, source in sorted(files.items()):
+            _add(archive, path, source.read_bytes(), 0o755 if os.access(source, os.X_OK) else 0o644)
+        _add(archive, "/etc/passwd", b"root:x:0:0::/root:/bin/sh\n")
+        _add(archive, "/etc/nsswitch.conf", b"hosts: files dns\n")
+        for path, content in more.items():
+            _add(archive, path, content, 0o755)
+
+
+def _add(archive: tarfile.TarFile, path: str, content: bytes, mode: int = 0o644) -> None:
+    entry = tarfile.TarInfo(f".{path}")
+    entry.size, entry.mode = len(content), mode
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def _libraries(program: Path) -> Iterable[str]:
+    told = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+    return set(re.findall(r"(/\S+)", told)) - {f"{program}:"}
