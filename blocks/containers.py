@@ -210,19 +210,21 @@ class DockerRunner(Runner):
                     client.api.create_container_from_config(
                         self._configuration(client, execution, image, f"{uid}:{gid}"), name
                     )
-                    output = _Output(client.api.attach(name, stream=True), log, limits.disk_bytes)
+                    output = _Output(client.api.attach(name, stream=True, demux=True), log, limits.disk_bytes)
+                    killed = undo.enter_context(_oom_kills(client, name))
                     began = time.monotonic()
                     client.api.start(name)
                 except APIError as refusal:
                     return ExitReport(Ending.REFUSED, None, 0.0, _why_not_started(refusal))
-                ending = _watch(client, name, output, execution, deadline=began + limits.seconds, stop=stop)
+                ending = _watch(client, name, output, execution, killed, deadline=began + limits.seconds, stop=stop)
                 state = _ended(client, name, output, asked=ending is Ending.EXITED)
                 seconds = time.monotonic() - began
         finally:
             written = give_back(folders, shown=True)
         code = int(state["ExitCode"])
-        if ending is Ending.EXITED and state["OOMKilled"]:
-            # Whatever the code: a parent may not have noticed that a child was killed.
+        if ending is Ending.EXITED and (output.out_of_memory or killed.is_set() or state["OOMKilled"]):
+            # Whatever the code: a parent may not have noticed that a child was killed. And whoever tells of it: the
+            # engine forgets it if it learns of the end of the container first.
             ending = Ending.OUT_OF_MEMORY
         if ending is Ending.EXITED and (output.full or code == 128 + signal.SIGXFSZ or written >= limits.disk_bytes):
             ending = Ending.DISK_FULL
@@ -261,7 +263,7 @@ class DockerRunner(Runner):
             client.api.create_container_config(
                 image["Id"],
                 command=[execution.entrypoint],
-                entrypoint=["/bin/sh", "-c", _PORTER, "sh"],
+                entrypoint=["/bin/sh", "-c", _PORTER.format(mark=_OOM_MARK.decode()), "sh"],
                 environment=_variables(execution, own.get("Env") or ()),
                 user=user,
                 hostname="c2d",
@@ -276,13 +278,22 @@ class DockerRunner(Runner):
 
 # SIGTERM is handed on to all processes but this one, which lives until they are gone: were it the algorithm's shell
 # that ends first, the rest would go with it in the middle of their cleaning up. Only a shell that waits for a child in
-# the background hears a signal; the price is that the algorithm has SIGINT and SIGQUIT ignored. Both outputs in one:
-# the order between two would be lost.
-_PORTER: Final = (
-    "trap 'asked=1; kill -TERM -1' TERM; "
-    '/bin/sh -c "$1" 2>&1 & wait $!; code=$?; '
-    '[ -z "$asked" ] || while kill -0 -1 2>/dev/null; do sleep 0.02; done; exit $code'
-)
+# the background hears a signal; the price is that the algorithm has SIGINT and SIGQUIT ignored. The algorithm's two
+# outputs become one, because the order between two would be lost; the other is left for what stands here at the end.
+_PORTER: Final = """
+    trap 'asked=1; kill -TERM -1' TERM
+    /bin/sh -c "$1" 2>&1 &
+    wait $!
+    code=$?
+    [ -z "$asked" ] || while kill -0 -1 2>/dev/null; do sleep 0.02; done
+    for file in /sys/fs/cgroup/memory/memory.oom_control /sys/fs/cgroup/memory.events; do
+        [ ! -r $file ] || while read -r what count; do
+            [ "$what" != oom_kill ] || [ "$count" = 0 ] || echo {mark} >&2
+        done < $file
+    done
+    exit $code
+"""
+_OOM_MARK: Final = b"processes were killed for memory"
 
 _TREE: Final = {
     "/data/inputs": "inputs",
@@ -323,7 +334,14 @@ def _ulimits(limits: Limits) -> list[Ulimit]:
 
 
 def _watch(
-    client: docker.DockerClient, name: str, output: _Output, execution: Execution, *, deadline: float, stop: Event
+    client: docker.DockerClient,
+    name: str,
+    output: _Output,
+    execution: Execution,
+    killed: Event,
+    *,
+    deadline: float,
+    stop: Event,
 ) -> Ending:
     """Wait for the end or for a limit. Only at the deadline and on a stop has the algorithm been asked to end."""
 
@@ -348,6 +366,8 @@ def _watch(
             if stop.is_set():
                 ask_to_end(time.monotonic() + GRACE)
                 return Ending.STOPPED
+            if killed.is_set():
+                return Ending.OUT_OF_MEMORY
             if output.full or disk.full():
                 return Ending.DISK_FULL
     return Ending.EXITED
@@ -379,13 +399,15 @@ def _alive(top: psutil.Process | None) -> list[psutil.Process]:
 
 
 class _Output:
-    """What a container prints, written into the log by a thread as it comes, up to the limit of disk."""
+    """What an algorithm prints, written into the log by a thread as it comes, up to the limit of disk."""
 
-    def __init__(self, chunks: Iterator[bytes], log: IO[bytes], limit: int) -> None:
+    def __init__(self, chunks: Iterator[tuple[bytes | None, bytes | None]], log: IO[bytes], limit: int) -> None:
         self._chunks = chunks
         self._log = log
         self._limit = limit
         self.full = False
+        self.out_of_memory = False
+        """So the porter told."""
         self.ended = Event()
         """Nobody in the container can print any more: it is over."""
         self._thread = threading.Thread(target=self._copy, daemon=True)
@@ -394,7 +416,10 @@ class _Output:
     def _copy(self) -> None:
         written = self._log.seek(0, os.SEEK_END)
         try:
-            for chunk in self._chunks:
+            for chunk, aside in self._chunks:
+                self.out_of_memory |= _OOM_MARK in (aside or b"")
+                if chunk is None:
+                    continue
                 # Beyond the limit it is read and dropped, so that nothing waits for it, until the container is killed.
                 part = chunk[: max(0, self._limit - written)]
                 if len(part) < len(chunk):
@@ -410,6 +435,25 @@ class _Output:
 
     def join(self) -> None:
         self._thread.join(SETUP)
+
+
+@contextmanager
+def _oom_kills(client: docker.DockerClient, name: str) -> Iterator[Event]:
+    """Set when a process of a container is killed for memory: those who wait for it might wait for ever."""
+    events = client.api.events(filters={"container": [name], "event": ["oom"]})
+    seen = Event()
+
+    def follow() -> None:
+        for _ in events:
+            seen.set()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        events.close()
+        thread.join(SETUP)
 
 
 @contextmanager

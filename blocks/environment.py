@@ -52,7 +52,10 @@ class ComputeEnvironment(Block):
     offer: Offer = Field(description="What consumers see, and the limits every job is held to.")
     work_pool: str = Field(description="The Prefect work pool whose workers run its jobs.")
     work_pool_type: str = Field(default="warm-process", description="Used when the pool has to be made.")
-    runner: Literal["process"] = Field(default="process", description="How an algorithm is shut in.")
+    runner: Literal["process", "docker"] = Field(
+        default="process",
+        description="How an algorithm is shut in: as a sandboxed process, or as a container of a Docker engine.",
+    )
     allow_unsandboxed: bool = Field(
         default=False,
         description="Run algorithms with no sandbox at all where none can be had. For trusted algorithms only.",
@@ -62,6 +65,27 @@ class ComputeEnvironment(Block):
         description="Further folders of the machine an algorithm may read, such as an interpreter's.",
     )
     path: tuple[Path, ...] = Field(default=(), description="Folders of programs, first on the algorithm's PATH.")
+    docker_host: str = Field(
+        default="",
+        description="The Docker engine of the worker's machine, such as unix:///run/docker.sock; empty: the usual one.",
+    )
+    docker_runtime: str = Field(
+        default="", description="One of the engine's runtimes, such as runsc; empty: its default."
+    )
+    docker_network: str = Field(default="bridge", description="The engine's network for algorithms that may have one.")
+    pull: Literal["always", "missing", "never"] = Field(
+        default="missing",
+        description="When the image of a tag is asked for at its registry. One by checksum is pulled if it is missing.",
+    )
+    registries: SecretDict = Field(
+        default=SecretDict({}),
+        description="username and password for pulling images, by host of the registry; docker.io for Docker's own.",
+    )
+    scratch_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Size of a container's /tmp; 0: what a run may have of memory, or of disk if that is less.",
+    )
     workspace: str = Field(default="", description="Folder for jobs in progress, on the worker's machine.")
     results: str = Field(default="", description="Where results are kept: any URL fsspec opens.")
     results_options: SecretDict = Field(
@@ -116,9 +140,22 @@ class ComputeEnvironment(Block):
 
     @model_validator(mode="after")
     def _offers_what_its_runner_has(self) -> Self:
-        if self.runner == "process" and self.offer.limits.gpus:
-            raise ValueError("a sandboxed process has no GPU; offer none, or choose another runner")
+        if self.offer.limits.gpus:
+            raise ValueError(f"the runner {self.runner} has no GPU; offer none")
+        if self.runner != "process" and (self.allow_unsandboxed or self.system or self.path):
+            raise ValueError("allow_unsandboxed, system and path are for the runner process only")
         return self
+
+    @field_validator("registries")
+    @classmethod
+    def _credentials(cls, registries: SecretDict) -> SecretDict:
+        for host, credentials in registries.get_secret_value().items():
+            if "/" in host:
+                raise ValueError("has a name that is no host of a registry")
+            texts = isinstance(credentials, dict) and all(isinstance(value, str) for value in credentials.values())
+            if not texts or credentials.keys() != {"username", "password"}:
+                raise ValueError("has an entry that is not a username and a password")
+        return registries
 
     @model_validator(mode="after")
     def _is_known_by_its_key(self) -> Self:
@@ -144,6 +181,20 @@ class ComputeEnvironment(Block):
 
     def make_runner(self) -> Runner:
         """The runner that shuts this environment's algorithms in."""
+        if self.runner == "docker":
+            from blocks.containers import DockerRunner  # noqa: PLC0415 - a third of a second that few need
+
+            return DockerRunner(
+                host=self.docker_host,
+                pull=self.pull,
+                registries=self.registries.get_secret_value(),
+                runtime=self.docker_runtime,
+                network=self.docker_network,
+                scratch_bytes=self.scratch_bytes,
+                pull_seconds=self.offer.fetch.seconds_total,
+                # On one machine two services have two folders, and two workers of one service the same.
+                service=str(self.workspace_root()),
+            )
         return ProcessRunner(system=self.system, path=self.path, allow_unsandboxed=self.allow_unsandboxed)
 
     def workspace_root(self) -> Path:

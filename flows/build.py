@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from threading import Event
@@ -31,7 +31,7 @@ from prefect.utilities.annotations import quote
 from blocks.assets import folder_name
 from blocks.environment import ComputeEnvironment
 from blocks.limits import MIB
-from blocks.runner import Ending, ExitReport, Image
+from blocks.runner import Ending, ExitReport, Image, ImageUnavailable, Progress
 from blocks.store import Kind
 from flows.plan import Plan, PlannedStage, Step
 from flows.states import SKIPPED
@@ -81,6 +81,14 @@ class Site:
     @property
     def workspace(self) -> Workspace:
         return stage_workspace(self.environment.workspace_root(), self.job_id, self.stage.index)
+
+
+@dataclass(frozen=True)
+class Provisioned:
+    """The algorithm of a stage, in its place, and what it will run in."""
+
+    file: FetchedFile
+    image: Image
 
 
 # What a step gets from one before it that failed or was skipped is None or an exception, whatever it is declared to
@@ -151,7 +159,7 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
 
 @_step
 def provision_algorithm(site: Site, upstream: Upstream) -> Any:
-    """Fetch or write the algorithm of a stage."""
+    """Fetch or write the algorithm of a stage, and get its image."""
     if not _may_begin(site, upstream):
         return _skipped()
     stage, workspace = site.stage, site.workspace
@@ -169,23 +177,30 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
         )
     except AlgorithmUnreachable as problem:
         return Failed(name="Algorithm unreachable", message=str(problem))
-    return Completed(message=f"{fetched.size} bytes", data=fetched)
+    asked = Image(stage.container.image, stage.container.tag, stage.container.checksum)
+    try:
+        with _progress_if_any(fetch_key(stage.index), f"Image of stage {stage.index}", "layers") as report:
+            image = site.environment.make_runner().fetch_image(asked, on_progress=report, stop=site.stop)
+    except ImageUnavailable as problem:
+        return Failed(name="Image unavailable", message=str(problem))
+    return Completed(message=f"{fetched.size} bytes", data=Provisioned(fetched, image))
 
 
 @_step
-def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: FetchedFile) -> Any:
+def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: Provisioned) -> Any:
     """Run the algorithm of a stage, shut in. A failing algorithm is a result, not an error of this task."""
-    if not (isinstance(inputs, tuple) and isinstance(algorithm, FetchedFile)) or site.stop.is_set():
+    if not (isinstance(inputs, tuple) and isinstance(algorithm, Provisioned)) or site.stop.is_set():
         return _skipped()
     stage, environment = site.stage, site.environment
     site.workspace.create()
-    site.workspace.configuration_log.write_text(configuration_log(inputs, algorithm))
+    site.workspace.configuration_log.write_text(configuration_log(inputs, algorithm.file))
     report = execute_algorithm(
         environment.make_runner(),
         site.workspace,
+        job=site.job_id,
         name=f"{site.job_id}-{stage.index}",
         entrypoint=stage.container.entrypoint,
-        image=Image(stage.container.image, stage.container.tag, stage.container.checksum),
+        image=algorithm.image,
         dids=stage.dids,
         algorithm_did=folder_name(stage.algorithm_id or ""),
         secret=site.secret,
@@ -260,6 +275,8 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
 def _judge(report: ExitReport, verdict: FilterReport) -> StageResult:
     if report.ending is Ending.DISK_FULL:
         return StageResult(Status.DISK_FULL, _sentence(report))
+    if report.ending is Ending.IMAGE_UNAVAILABLE:
+        return StageResult(Status.IMAGE_FAILED, report.detail)
     if not report.ok:
         return StageResult(Status.RUN_FAILED, _sentence(report))
     if not verdict.passed:
@@ -298,6 +315,7 @@ TASK_FOR: Final[Mapping[Phase, Task[..., Any]]] = {
 _EXPECTED: Final = {
     "Input unreachable": Status.DATA_FAILED,
     "Algorithm unreachable": Status.ALGORITHM_FAILED,
+    "Image unavailable": Status.IMAGE_FAILED,
     "Upload failed": Status.UPLOAD_FAILED,
 }
 """Names of the states a step fails with for a reason the consumer is told. Any other failure is a bug."""
@@ -412,12 +430,12 @@ def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
 
 
 def fetch_key(stage: int) -> str:
-    """Key of the artifact that tells how far a stage's inputs are."""
+    """Key of the artifacts that tell how far a stage's inputs and its image are; of two the later one is shown."""
     return f"fetch-{stage}"
 
 
 @contextmanager
-def _progress(key: str, description: str) -> Iterator[Callable[[int, int, int, int], None]]:
+def _progress(key: str, description: str, things: str = "files") -> Iterator[Progress]:
     """
     A progress artifact of the current task that follows what the yielded function is told, once a second.
 
@@ -429,15 +447,15 @@ def _progress(key: str, description: str) -> Iterator[Callable[[int, int, int, i
     begun = f"{description}: not begun to arrive"
     artifact = cast(UUID, create_progress_artifact(progress=0.0, key=key, description=begun))
 
-    def report(done_bytes: int, total_bytes: int, done_files: int, files: int) -> None:
-        told[0] = (done_bytes, total_bytes, done_files, files)
+    def report(done_bytes: int, total_bytes: int, done_things: int, all_things: int) -> None:
+        told[0] = (done_bytes, total_bytes, done_things, all_things)
 
     def update() -> None:
         shown = told[0]
         while not done.wait(1.0):
             if told[0] != shown:
                 shown = told[0]
-                update_progress_artifact(artifact, _percent(*shown), f"{description}: {_amounts(*shown)}")
+                update_progress_artifact(artifact, _percent(*shown), f"{description}: {_amounts(things, *shown)}")
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(update,), daemon=True)
     thread.start()
@@ -446,18 +464,33 @@ def _progress(key: str, description: str) -> Iterator[Callable[[int, int, int, i
     finally:
         done.set()
         thread.join()
-    update_progress_artifact(artifact, 100.0, f"{description}: {_amounts(*told[0])}")
+    update_progress_artifact(artifact, 100.0, f"{description}: {_amounts(things, *told[0])}")
 
 
-def _percent(done_bytes: int, total_bytes: int, done_files: int, files: int) -> float:
+@contextmanager
+def _progress_if_any(key: str, description: str, things: str) -> Iterator[Progress]:
+    """``_progress``, begun when it is first told anything, by whatever thread."""
+    context = contextvars.copy_context()
+    begun: list[Progress] = []
+    with ExitStack() as stack:
+
+        def report(*amounts: int) -> None:
+            if not begun:
+                begun.append(context.run(stack.enter_context, _progress(key, description, things)))
+            begun[0](*amounts)
+
+        yield report
+
+
+def _percent(done_bytes: int, total_bytes: int, done: int, total: int) -> float:
     if total_bytes:
         return min(100.0, 100.0 * done_bytes / total_bytes)
-    return 100.0 * done_files / files if files else 0.0
+    return 100.0 * done / total if total else 0.0
 
 
-def _amounts(done_bytes: int, total_bytes: int, done_files: int, files: int) -> str:
+def _amounts(things: str, done_bytes: int, total_bytes: int, done: int, total: int) -> str:
     of_bytes = f" of {total_bytes / MIB:.1f}" if total_bytes else ""
-    return f"{done_files} of {files} files, {done_bytes / MIB:.1f}{of_bytes} MiB"
+    return f"{done} of {total} {things}, {done_bytes / MIB:.1f}{of_bytes} MiB"
 
 
 def _shortened(text: str) -> str:

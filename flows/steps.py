@@ -54,7 +54,7 @@ def step_keys(
         said = {
             "step": step.name,
             "stage": _described(stage, step.phase),
-            "environment": _ruling(environments[stage.environment], step.phase),
+            "environment": _ruling(environments[stage.environment], stage, step.phase),
             "after": [keys[name] for name in step.after],
         }
         text = json.dumps(said, sort_keys=True, separators=(",", ":"))
@@ -70,18 +70,31 @@ def _described(stage: PlannedStage, phase: Phase) -> dict[str, Any]:
     }
 
 
-def _ruling(environment: ComputeEnvironment, phase: Phase) -> Any:
+def _ruling(environment: ComputeEnvironment, stage: PlannedStage, phase: Phase) -> Any:
     """What of an environment decides how a step ends, beside what the plan has from it."""
     match phase:
-        case Phase.DATA | Phase.ALGORITHM:
+        case Phase.DATA:
             return None
+        case Phase.ALGORITHM:
+            return _image(environment, stage)
         case Phase.RUN:
             folders = [str(path) for path in (*environment.system, *environment.path)]
-            return [environment.offer.network, environment.runner, environment.allow_unsandboxed, folders]
+            said: list[Any] = [environment.offer.network, environment.runner, environment.allow_unsandboxed, folders]
+            if environment.runner == "docker":
+                said += [environment.docker_runtime, environment.docker_network, environment.scratch_bytes]
+            return said
         case Phase.FILTER:
             return environment.offer.filter.model_dump(mode="json")
         case Phase.PUBLISH:
             return environment.results
+
+
+def _image(environment: ComputeEnvironment, stage: PlannedStage) -> Any:
+    """What the algorithm will run in, where that is got together with the algorithm."""
+    if environment.runner == "process":
+        return [environment.runner]
+    container = stage.container
+    return [environment.runner, environment.docker_host, container.image, container.tag, container.checksum]
 
 
 def settle(

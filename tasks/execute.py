@@ -15,6 +15,7 @@ def execute_algorithm(
     runner: Runner,
     workspace: Workspace,
     *,
+    job: str,
     name: str,
     entrypoint: str,
     image: Image,
@@ -36,6 +37,7 @@ def execute_algorithm(
     """
     return runner.run(
         Execution(
+            job=job,
             name=name,
             entrypoint=entrypoint,
             folders=workspace.folders,

@@ -270,6 +270,14 @@ def test_memory_of_children_counts(any_bench: Bench) -> None:
     assert Ending.OUT_OF_MEMORY is report.ending
 
 
+def test_memory_of_a_child_is_not_waited_for(any_bench: Bench) -> None:
+    """Nor does a parent that does not notice it hold the run until its deadline."""
+    any_bench.folders.inputs.joinpath("greedy.py").write_text(dedent(ALLOCATE))
+    report = any_bench.sh("python3 $INPUTS/greedy.py; sleep 20", memory_bytes=96 * MIB)
+    assert Ending.OUT_OF_MEMORY is report.ending
+    assert report.seconds < 15
+
+
 def test_memory_in_scratch_counts(sandbox: Bench) -> None:
     """Files in /dev/shm, /tmp and memfds are memory and are limited with it."""
     script = """\
