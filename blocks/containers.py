@@ -82,7 +82,10 @@ class DockerRunner(Runner):
     host: str = ""
     """Of the engine, such as ``unix:///run/docker.sock``. Empty: what DOCKER_HOST says, else the usual socket."""
     pull: PullPolicy = "missing"
-    """When a tag is asked for at the registry. An image by checksum is pulled only if it is not here."""
+    """
+    When a registry is asked: with ``always`` for what a tag means, each time an image is fetched; else, and for an
+    image by checksum, only for what is not here. What is here is everybody's, whoever had the credentials for it.
+    """
     registries: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
     """``username`` and ``password`` by host of the registry, ``docker.io`` for Docker's own."""
     runtime: str = ""
@@ -123,7 +126,8 @@ class DockerRunner(Runner):
 
     def fetch_image(self, image: Image, *, on_progress: Progress = untold, stop: Event | None = None) -> Image:
         with self._client() as client:
-            found = self._image(client, image, on_progress, stop or Event())
+            asks = self.pull == "always" and not image.checksum
+            found = self._image(client, image, on_progress, stop or Event(), asks=asks)
         if image.checksum:
             return image
         names = {image.name, image.name.removeprefix("docker.io/"), image.name.removeprefix("docker.io/library/")}
@@ -147,7 +151,7 @@ class DockerRunner(Runner):
             return ExitReport(Ending.REFUSED, None, 0.0, obstacle)
         with self._client() as client:
             try:
-                image = self._image(client, execution.image, untold, stop)
+                image = self._image(client, execution.image, untold, stop, asks=False)
             except ImageUnavailable as reason:
                 if stop.is_set():
                     return ExitReport(Ending.STOPPED, None, 0.0, told_of_limit(Ending.STOPPED, execution.limits))
@@ -167,9 +171,9 @@ class DockerRunner(Runner):
     # --- Images -------------------------------------------------------------------------------------------------
 
     def _image(
-        self, client: docker.DockerClient, image: Image, on_progress: Progress, stop: Event
+        self, client: docker.DockerClient, image: Image, on_progress: Progress, stop: Event, *, asks: bool
     ) -> Mapping[str, Any]:
-        """What the engine knows of the image, pulled if it has to be. Raises: ImageUnavailable."""
+        """What the engine knows of the image, pulled if it is not here or *asks*. Raises: ImageUnavailable."""
         try:
             registry, _ = resolve_repository_name(image.name)
         except DockerException:
@@ -180,7 +184,7 @@ class DockerRunner(Runner):
         if self.pull == "never":
             if found is None:
                 raise ImageUnavailable(f"{image.reference} is not on the machine, and this environment pulls no image")
-        elif found is None or (self.pull == "always" and not image.checksum):
+        elif found is None or asks:
             credentials = self.registries.get(registry, {})
             _Pull(client, image, credentials, on_progress).wait(self.pull_seconds, stop)
             found = _inspected(client, image)
@@ -270,7 +274,6 @@ class DockerRunner(Runner):
                 working_dir="/data",
                 labels={SERVICE: self.service, JOB: execution.job or execution.name},
                 healthcheck={"test": ["NONE"]},
-                stop_signal="SIGTERM",
                 host_config=host,
             )
         )
@@ -571,6 +574,10 @@ def _inspected(client: docker.DockerClient, image: Image) -> Mapping[str, Any] |
         return dict(client.api.inspect_image(image.reference))
     except ImageNotFound:
         return None
+    except APIError as refusal:
+        if refusal.status_code != 400:
+            raise
+        raise ImageUnavailable(f"{image.reference} cannot be had: {_words(refusal)}") from None
 
 
 def _digests(found: Mapping[str, Any]) -> list[str]:

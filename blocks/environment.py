@@ -75,7 +75,7 @@ class ComputeEnvironment(Block):
     docker_network: str = Field(default="bridge", description="The engine's network for algorithms that may have one.")
     pull: Literal["always", "missing", "never"] = Field(
         default="missing",
-        description="When the image of a tag is asked for at its registry. One by checksum is pulled if it is missing.",
+        description="When a job asks for its image at the registry.",
     )
     registries: SecretDict = Field(
         default=SecretDict({}),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ os.environ["C2D_STATE"] = f"{_FOLDER.name}/state"
 if TYPE_CHECKING:
     from cli.local_chain import LocalChain
     from cli.service import Service
-    from tests.docker_engine import Engine
+    from tests.docker_engine import Engine, Registry
     from tests.file_server import FileServer
 
 DEFINITIONS: Final = Path(__file__).parent / "prefect.yaml"
@@ -83,6 +84,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalChain]:
         yield started
 
 
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A folder for a runner. Not tmp_path: its parents are closed to the users algorithms run as."""
+    folder = Path(tempfile.mkdtemp(prefix="c2d-test-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     """A Docker engine of its own. For tests marked ``docker``."""
@@ -90,6 +99,15 @@ def engine() -> Iterator[Engine]:
 
     # A short path: its socket is in it.
     with tempfile.TemporaryDirectory(prefix="c2d-docker-") as folder, docker_engine(Path(folder)) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry that asks for a password. For tests marked ``docker``."""
+    from tests.docker_engine import docker_registry
+
+    with docker_registry(tmp_path_factory.mktemp("registry")) as started:
         yield started
 
 

@@ -18,15 +18,16 @@ import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import docker
-from docker.errors import DockerException
+from docker.errors import DockerException, ImageNotFound
 
 from blocks.containers import DockerRunner
 from blocks.runner import Image
+from cli.service import free_port, until_answered
 
 IMAGE: Final = Image("c2d-tests/python", "3")
 """Python, sh and the usual tools."""
@@ -45,7 +46,6 @@ class Engine:
     folder: Path
     client: docker.DockerClient
     process: subprocess.Popen[bytes]
-    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def host(self) -> str:
@@ -55,11 +55,18 @@ class Engine:
         """On this engine, with the machine's network for those who may have one: the engine has no bridge."""
         return DockerRunner(**{"host": self.host, "network": "host", "service": str(self.folder), **more})
 
-    def build(self, image: Image, changes: Sequence[str] = (), files: Mapping[str, bytes] | None = None) -> None:
-        """An image of Python and the usual tools, with further *files*, and *changes* as in a Dockerfile."""
+    def build(
+        self,
+        image: Image,
+        changes: Sequence[str] = (),
+        files: Mapping[str, bytes] | None = None,
+        *,
+        python: bool = False,
+    ) -> None:
+        """An image of the usual tools, with further *files*, and *changes* as in a Dockerfile."""
         path = self.folder / "image.tar"
         with path.open("wb") as file:
-            _assemble(file, files or {})
+            _assemble(file, files or {}, python=python)
         try:
             self.import_archive(image, path, changes)
         finally:
@@ -73,8 +80,22 @@ class Engine:
         told = [json.loads(line) for line in answer.splitlines()]
         assert not any("error" in line for line in told), told
 
+    def has(self, image: Image) -> bool:
+        return any(image.reference in (*i.tags, *i.attrs["RepoDigests"]) for i in self.client.images.list())
+
+    def forget(self, image: Image) -> None:
+        """Remove the names of the image's repository; what no other name keeps is gone."""
+        for found in self.client.images.list():
+            for name in (*found.tags, *found.attrs["RepoDigests"]):
+                if name.startswith((f"{image.name}:", f"{image.name}@")):
+                    with suppress(ImageNotFound):
+                        self.client.images.remove(name, noprune=False)
+
     def containers(self) -> list[str]:
         return sorted(container.name for container in self.client.containers.list(all=True))
+
+    def volumes(self) -> list[str]:
+        return sorted(volume.name for volume in self.client.volumes.list())
 
 
 @contextmanager
@@ -108,7 +129,7 @@ def docker_engine(folder: Path, **configuration: Any) -> Iterator[Engine]:
     try:
         with closing(_client(folder, process, log)) as client:
             engine = Engine(folder, client, process)
-            engine.build(IMAGE)
+            engine.build(IMAGE, python=True)
             yield engine
             for container in client.containers.list(all=True):
                 container.remove(force=True, v=True)
@@ -143,28 +164,27 @@ def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:
 # --- An image of what is here ---------------------------------------------------------------------------------
 
 
-def _assemble(into: Any, more: Mapping[str, bytes]) -> None:
-    program = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    assert program, "no Python of the system to make an image of"
-    script = "import sys, sysconfig; print(sys.executable); print(sysconfig.get_path('stdlib'))"
-    executable, library = subprocess.check_output([program, "-I", "-c", script], text=True).split()
+def _assemble(into: Any, more: Mapping[str, bytes], *, python: bool) -> None:
     files: dict[str, Path] = {}
-    programs = [Path(executable)]
-    for top, folders, names in os.walk(library):
-        folders[:] = [name for name in folders if name not in _LEFT_OUT]
-        for name in names:
-            files[f"{top}/{name}"] = Path(top, name).resolve()
-            if ".so" in name:
-                programs.append(Path(top, name))
+    programs: list[Path] = []
+    if python:
+        executable, library = _system_python()
+        programs.append(executable)
+        for top, folders, names in os.walk(library):
+            folders[:] = [name for name in folders if name not in _LEFT_OUT]
+            for name in names:
+                files[f"{top}/{name}"] = Path(top, name).resolve()
+                if ".so" in name:
+                    programs.append(Path(top, name))
+        for name in ("python3", "python"):
+            files[f"/usr/bin/{name}"] = executable.resolve()
     for name in _TOOLS:
         found = shutil.which(name, path="/usr/bin:/bin")
         assert found, name
         files[f"/bin/{name}"] = Path(found).resolve()
         programs.append(Path(found))
-    for name in ("python3", "python"):
-        files[f"/usr/bin/{name}"] = Path(executable).resolve()
-    for library_of in programs:
-        files |= {path: Path(path).resolve() for path in _libraries(library_of)}
+    for program in programs:
+        files |= {path: Path(path).resolve() for path in _libraries(program)}
     with tarfile.open(fileobj=into, mode="w|") as archive:
         for path, mode in {"/tmp": 0o1777, "/data": 0o755, "/root": 0o700, "/etc": 0o755}.items():
             folder = tarfile.TarInfo(f".{path}")
@@ -178,6 +198,15 @@ def _assemble(into: Any, more: Mapping[str, bytes]) -> None:
             _add(archive, path, content, 0o755)
 
 
+def _system_python() -> tuple[Path, Path]:
+    """The program and its library."""
+    found = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    assert found, "no Python of the system to make an image of"
+    script = "import sys, sysconfig; print(sys.executable); print(sysconfig.get_path('stdlib'))"
+    executable, library = subprocess.check_output([found, "-I", "-c", script], text=True).split()
+    return Path(executable), Path(library)
+
+
 def _add(archive: tarfile.TarFile, path: str, content: bytes, mode: int = 0o644) -> None:
     entry = tarfile.TarInfo(f".{path}")
     entry.size, entry.mode = len(content), mode
@@ -187,3 +216,53 @@ def _add(archive: tarfile.TarFile, path: str, content: bytes, mode: int = 0o644)
 def _libraries(program: Path) -> Iterable[str]:
     told = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
     return set(re.findall(r"(/\S+)", told)) - {f"{program}:"}
+
+
+# --- A registry -----------------------------------------------------------------------------------------------
+
+USER: Final = "puller"
+PASSWORD: Final = "registry-password-5f2c"
+_HTPASSWD: Final = f"{USER}:$2b$05$nSDRI.IBjExhAn/Ahb4nr.0mZhazMqZpDzDel8ATyq6NNg9CUPJEy\n"
+"""The bcrypt hash of PASSWORD."""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A registry that asks for USER and PASSWORD."""
+
+    host: str
+
+    def push(self, engine: Engine, image: Image, name: str, tag: str = "1") -> Image:
+        """Put *image* of *engine* there as *name*, and not under that name on the engine. Answers with its digest."""
+        pushed = Image(f"{self.host}/{name}", tag)
+        engine.client.images.get(image.reference).tag(pushed.name, pushed.tag)
+        credentials = {"username": USER, "password": PASSWORD}
+        told = list(engine.client.api.push(pushed.name, pushed.tag, stream=True, decode=True, auth_config=credentials))
+        assert not any("error" in line for line in told), told
+        engine.forget(pushed)
+        (digest,) = [line["aux"]["Digest"] for line in told if "aux" in line]
+        return Image(pushed.name, pushed.tag, digest)
+
+
+@contextmanager
+def docker_registry(folder: Path) -> Iterator[Registry]:
+    """A registry that keeps its images in *folder*, on a free loopback port."""
+    port = free_port()
+    (folder / "htpasswd").write_text(_HTPASSWD)
+    configuration = {
+        "version": 0.1,
+        "storage": {"filesystem": {"rootdirectory": f"{folder}/registry"}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+        "auth": {"htpasswd": {"realm": "tests", "path": f"{folder}/htpasswd"}},
+    }
+    (folder / "registry.json").write_text(json.dumps(configuration))  # JSON is YAML
+    with (folder / "registry.log").open("wb") as output:
+        process = subprocess.Popen(
+            ["docker-registry", "serve", folder / "registry.json"], stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        until_answered(f"http://127.0.0.1:{port}/")
+        yield Registry(f"127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(30)
