@@ -13,14 +13,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tarfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import docker
 from docker.errors import DockerException, ImageNotFound
@@ -92,7 +95,8 @@ class Engine:
                         self.client.images.remove(name, noprune=False)
 
     def containers(self) -> list[str]:
-        return sorted(container.name for container in self.client.containers.list(all=True))
+        # Not the list of objects: the library looks at each, and one may be gone by then.
+        return sorted(found["Names"][0].removeprefix("/") for found in self.client.api.containers(all=True))
 
     def volumes(self) -> list[str]:
         return sorted(volume.name for volume in self.client.volumes.list())
@@ -105,6 +109,8 @@ def docker_engine(folder: Path, **configuration: Any) -> Iterator[Engine]:
 
     *folder* has to have a short path: a socket's may have 107 characters.
     """
+    assert os.geteuid() == 0, "a Docker engine of one's own needs root: sudo make test-docker"
+    assert shutil.which("dockerd"), "there is no dockerd: scripts/install-docker installs it"
     for name in ("data", "exec"):
         (folder / name).mkdir()
     runtimes = {}
@@ -120,6 +126,8 @@ def docker_engine(folder: Path, **configuration: Any) -> Iterator[Engine]:
                 *("--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "docker.pid"),
                 *("--cgroup-parent", f"/{folder.name}"),
                 *("--containerd-namespace", folder.name, "--containerd-plugins-namespace", f"{folder.name}-plugins"),
+                # Else an engine beside systemd has groups of that, with other names.
+                *("--exec-opt", "native.cgroupdriver=cgroupfs"),
                 *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"),
             ],
             stdout=output,
@@ -244,6 +252,17 @@ class Registry:
         return Image(pushed.name, pushed.tag, digest)
 
 
+def published(engine: Engine, registry: Registry, *, python: bool = False, **files: bytes) -> Image:
+    """``study:1`` of the registry as it is from now on; its content is only there."""
+    made = Image("c2d-tests/made", "1")
+    # An engine that has the parts of an image, or had it once, asks nobody for it.
+    content = {"id": uuid4().bytes, **files}
+    engine.build(made, files={f"/{name}": text for name, text in content.items()}, python=python)
+    image = registry.push(engine, made, "study")
+    engine.forget(made)
+    return image
+
+
 @contextmanager
 def docker_registry(folder: Path) -> Iterator[Registry]:
     """A registry that keeps its images in *folder*, on a free loopback port."""
@@ -266,3 +285,31 @@ def docker_registry(folder: Path) -> Iterator[Registry]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+@contextmanager
+def slowly(registry: Registry, bytes_per_second: int) -> Iterator[Registry]:
+    """The same registry under another address, over a slow line."""
+    host, port = registry.host.split(":")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def forward(source: socket.socket, sink: socket.socket) -> None:
+            with suppress(OSError):
+                while chunk := source.recv(max(1, bytes_per_second // 20)):
+                    sink.sendall(chunk)
+                    time.sleep(len(chunk) / bytes_per_second)
+            for end in (source, sink):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    client = server.accept()[0]
+                    upstream = socket.create_connection((host, int(port)))
+                    for ends in ((client, upstream), (upstream, client)):
+                        threading.Thread(target=forward, args=ends, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield Registry(f"127.0.0.1:{server.getsockname()[1]}")
+        server.shutdown(socket.SHUT_RDWR)

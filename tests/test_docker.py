@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import psutil
 import pytest
@@ -19,7 +18,7 @@ import pytest
 from blocks.containers import DockerRunner
 from blocks.limits import MIB
 from blocks.runner import Ending, Image, ImageUnavailable
-from tests.docker_engine import PASSWORD, USER, Engine, Registry
+from tests.docker_engine import PASSWORD, USER, Engine, Registry, published
 from tests.runner_bench import Bench, bench, eventually, sleepers
 from tests.runner_support import caller
 
@@ -36,19 +35,9 @@ def here(engine: Engine, root: Path) -> Bench:
 @pytest.fixture
 def pulled(engine: Engine, registry: Registry) -> Iterator[Image]:
     """An image of the registry, by checksum, that the engine has never seen."""
-    image = pushed(engine, registry)
+    image = published(engine, registry)
     yield image
     engine.forget(image)
-
-
-def pushed(engine: Engine, registry: Registry, **files: bytes) -> Image:
-    """``study:1`` of the registry as it is from now on; its content is only there."""
-    made = Image("c2d-tests/made", "1")
-    # An engine that has the parts of an image, or had it once, asks nobody for it.
-    engine.build(made, files={f"/{name}": content for name, content in {"id": uuid4().bytes, **files}.items()})
-    image = registry.push(engine, made, "study")
-    engine.forget(made)
-    return image
 
 
 def with_password(engine: Engine, registry: Registry, **more: str) -> DockerRunner:
@@ -78,7 +67,7 @@ def test_a_tag_is_what_was_fetched(engine: Engine, registry: Registry, pulled: I
     runner = with_password(engine, registry, pull="always")
     fetched = runner.fetch_image(Image(pulled.name, pulled.tag))
     assert pulled == fetched
-    newer = pushed(engine, registry, newer=b"")
+    newer = published(engine, registry, newer=b"")
     assert newer == runner.fetch_image(Image(pulled.name, pulled.tag))
     here = bench(runner, root)
     here.image = fetched
