@@ -7,10 +7,10 @@ ANYWHERE := not docker and not kubernetes
 FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and not clients and $(ANYWHERE) and not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-chain up test check format bench clean
+.PHONY: help setup demo demo-chain up test test-docker check format bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install everything needed into .bootstrap/ and .venv/; the other targets do it by themselves
 	@scripts/bootstrap
@@ -26,6 +26,10 @@ up: setup ## Start the service and keep it running until Ctrl-C
 
 test: setup ## Run every test but those that need Docker or Kubernetes; more options in ARGS
 	@exec .venv/bin/pytest -m "$(ANYWHERE)" $(ARGS)
+
+test-docker: setup ## Run the tests that need Docker, on an engine and a registry of their own; as root
+	@scripts/install-docker
+	@exec .venv/bin/pytest -m docker $(ARGS)
 
 check: setup ## Format, lint, types, layers and the tests that start nothing
 	.venv/bin/ruff format --check

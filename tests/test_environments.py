@@ -18,9 +18,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Pending, Scheduled
 from pydantic import ValidationError
 
+from blocks.containers import DockerRunner
 from blocks.environment import ComputeEnvironment, load_environments_sync
 from blocks.keys import ProviderKey
 from blocks.limits import GIB, Offer
+from blocks.process import ProcessRunner
 from blocks.remote import Access
 from cli.service import ROOT
 from flows.environments import read_definitions, register_from
@@ -97,6 +99,24 @@ def test_how_files_are_reached(tmp_path: Path) -> None:
     assert MARKER not in f"{there!r} {there} {there.access()!r}"
 
 
+def test_how_algorithms_are_shut_in(tmp_path: Path) -> None:
+    """As processes unless containers are asked for, then as the operator wrote; passwords are not shown."""
+    credentials = {"docker.io": {"username": "u", "password": MARKER}}
+    here, there = read_definitions(
+        written(
+            tmp_path,
+            one("here"),
+            one("there", runner="docker", docker_runtime="runsc", pull="never", registries=credentials),
+        )
+    )
+    assert ProcessRunner() == here.make_runner()
+    runner = there.make_runner()
+    assert isinstance(runner, DockerRunner)
+    assert ("", "bridge", "runsc", "never") == (runner.host, runner.network, runner.runtime, runner.pull)
+    assert (credentials, str(there.workspace_root())) == (runner.registries, runner.service)
+    assert MARKER not in f"{there!r} {there} {runner!r} {there.model_dump_json()}"
+
+
 @pytest.mark.parametrize("address", ["", SIGNER.address, SIGNER.address.lower()])
 def test_a_key_is_an_environments_address(tmp_path: Path, address: str) -> None:
     """Orders are made out to the address of its key, unless the offer names it itself; the key is not shown."""
@@ -121,6 +141,17 @@ def test_a_key_is_an_environments_address(tmp_path: Path, address: str) -> None:
         {"offer": {"id": "a", "fetch": {"networks": "10.0.0.1/8"}}, "work_pool": "p"},
         {"offer": {"id": "a", "fetch": {"networks": "everything"}}, "work_pool": "p"},
         {"offer": {"id": "a"}, "work_pool": "p", "runner": "trust"},
+        {"offer": {"id": "a", "limits": {"gpus": 1}}, "work_pool": "p", "runner": "docker"},
+        {"offer": {"id": "a"}, "work_pool": "p", "runner": "docker", "allow_unsandboxed": True},
+        {"offer": {"id": "a"}, "work_pool": "p", "runner": "docker", "path": ["/opt/bin"]},
+        {"offer": {"id": "a"}, "work_pool": "p", "runner": "docker", "pull": "sometimes"},
+        {"offer": {"id": "a"}, "work_pool": "p", "registries": {"docker.io": MARKER}},
+        {"offer": {"id": "a"}, "work_pool": "p", "registries": {"docker.io": {"password": MARKER}}},
+        {
+            "offer": {"id": "a"},
+            "work_pool": "p",
+            "registries": {"ghcr.io/name": {"username": "u", "password": MARKER}},
+        },
         {"offer": {"id": "a"}, "work_pool": "p", "ipfs_gateway": "127.0.0.1:8080"},
         {"offer": {"id": "a"}, "work_pool": "p", "arweave_gateway": "ftp://a.example"},
         {"offer": {"id": "a"}, "work_pool": "p", "chains": {"main": "https://a.example"}},

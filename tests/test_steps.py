@@ -30,6 +30,10 @@ def environment(root: Path = Path("/nowhere"), **more: Any) -> dict[str, Compute
     return {"default": ComputeEnvironment(offer=offer(**more), work_pool="tests", workspace=str(root))}
 
 
+def environment_with(**more: Any) -> dict[str, ComputeEnvironment]:
+    return {"default": ComputeEnvironment(offer=offer(), work_pool="tests", workspace="/nowhere", **more)}
+
+
 def two_stages(first: dict[str, Any] | None = None, **second: Any) -> Plan:
     return planned(
         stage(0, **{"input": [data("a")], **(first or {})}),
@@ -70,6 +74,38 @@ def test_a_change_leaves_what_came_before_it() -> None:
     before = step_keys(two_stages(), environment(), secret_of)
     after = step_keys(two_stages(rawcode="print(2)"), environment(), secret_of)
     assert {f"1/{phase}" for phase in OF_STAGE[1:]} == {name for name in before if before[name] != after[name]}
+
+
+IMAGE: Final = {"container": {"image": "other", "tag": "1", "entrypoint": "python3 $ALGO"}}
+
+
+@pytest.mark.parametrize(
+    ("runner", "redone"),
+    [("process", names(0, "run", "filter", "publish")), ("docker", names(0, *OF_STAGE[1:]))],
+)
+def test_an_image_comes_with_the_algorithm(runner: str, redone: Collection[str]) -> None:
+    """Where it means anything another image is got again, by the step that gets the algorithm."""
+    site = environment_with(runner=runner)
+    before, after = (step_keys(two_stages(first), site, secret_of) for first in (None, {"algorithm": IMAGE}))
+    assert set(redone) | names(1) == {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    "change", [{"docker_runtime": "runsc"}, {"docker_network": "other"}, {"scratch_bytes": 1}], ids=str
+)
+def test_what_a_container_is_like_rules_its_run(change: dict[str, Any]) -> None:
+    """An operator's change of it is a reason to run again, and none to fetch again."""
+    before, after = (
+        step_keys(two_stages(), environment_with(runner="docker", **more), secret_of) for more in ({}, change)
+    )
+    assert names(0, "run", "filter", "publish") | names(1) == {n for n in before if before[n] != after[n]}
+
+
+def test_how_an_image_is_got_rules_nothing() -> None:
+    """Credentials and policy decide whether there is an image, not which."""
+    before = step_keys(two_stages(), environment_with(runner="docker"), secret_of)
+    more = {"pull": "always", "registries": {"docker.io": {"username": "u", "password": "p"}}}
+    assert before == step_keys(two_stages(), environment_with(runner="docker", **more), secret_of)
 
 
 def test_a_change_of_what_may_leave_asks_the_filter_again() -> None:
