@@ -64,6 +64,10 @@ PullPolicy = Literal["always", "missing", "never"]
 SETUP: Final = 60.0
 """Seconds the engine may take for one call, other than a pull."""
 
+_KERNEL_THREADS: Final = 256
+"""Further threads for a runtime of the operator's choice: gVisor's kernel runs within the limits of its container, and
+at a few dozen does not start but hang, and the engine with it."""
+
 JOB: Final = "c2d.job"
 SERVICE: Final = "c2d.service"
 """Labels of a container. Services that share an engine leave each other's alone."""
@@ -208,6 +212,9 @@ class DockerRunner(Runner):
                 log = undo.enter_context(folders.log.open("ab", buffering=0))
                 undo.enter_context(_guarded(self.host, name))
                 _remove(client, name)
+                # Else the engine makes it, as root, whoever the caller is.
+                (folders.logs / LOG_NAME).unlink(missing_ok=True)
+                (folders.logs / LOG_NAME).touch(exist_ok=False)
                 hand_over(folders, uid)
                 undo.callback(_remove, client, name)
                 try:
@@ -256,7 +263,8 @@ class DockerRunner(Runner):
             cgroupns="private",
             mem_limit=limits.memory_bytes,
             memswap_limit=limits.memory_bytes,
-            pids_limit=limits.processes + 1,  # the porter counts as one
+            # The porter counts as one.
+            pids_limit=limits.processes + 1 + (_KERNEL_THREADS if self.runtime else 0),
             nano_cpus=int(max(0.01, min(limits.cpus, client.info()["NCPU"])) * 1e9),
             ulimits=_ulimits(limits),
             # What it prints goes to its log and nowhere else; the engine's own has no limit.

@@ -59,7 +59,10 @@ class Dropped(Runner):
 
 def caller(runner: Runner) -> tuple[list[str], dict[str, str]]:
     """Command and environment of a process that runs what it gets on stdin as *runner* would."""
-    drop, python = ([*SETPRIV], reachable_python()) if isinstance(runner, Dropped) else ([], sys.executable)
+    python: str | None
+    drop, python = [], sys.executable
+    if isinstance(runner, Dropped):
+        drop, python = [*SETPRIV], reachable_python(again=True) or reachable_python()
     assert python is not None
     # Not the venv, which an unprivileged user need not reach, but what is in it.
     packages = Path(psutil.__file__).parent.parent
@@ -68,11 +71,15 @@ def caller(runner: Runner) -> tuple[list[str], dict[str, str]]:
 
 
 @cache
-def reachable_python() -> str | None:
-    """A Python of this version that an unprivileged user can start, with the packages of this one."""
+def reachable_python(*, again: bool = False) -> str | None:
+    """
+    A Python of this version that an unprivileged user can start, with the packages of this one. *again*: also once it
+    is that user, and not only on the way there.
+    """
+    check = "import os, sys, blocks.process; sys.exit(not os.access(sys.executable, os.X_OK))"
     for python in (sys.executable, shutil.which("python3", path="/usr/local/bin:/usr/bin")):
         environment = {"PYTHONPATH": f"{HERE}:{Path(psutil.__file__).parent.parent}", "PATH": os.defpath}
-        command = [*SETPRIV, python or "", "-B", "-c", "import blocks.process"]
+        command = [*SETPRIV, python or "", "-B", "-c", check if again else "import blocks.process"]
         tried = subprocess.run(command, env=environment, cwd="/", capture_output=True, check=False)
         if python and tried.returncode == 0:
             return python

@@ -20,7 +20,7 @@ from blocks.limits import MIB
 from blocks.runner import Ending, Image, ImageUnavailable
 from tests.docker_engine import PASSWORD, USER, Engine, Registry, published
 from tests.runner_bench import Bench, bench, eventually, sleepers
-from tests.runner_support import caller
+from tests.runner_support import Dropped, caller, reachable_python
 
 pytestmark = pytest.mark.docker
 
@@ -275,6 +275,26 @@ def test_a_removed_container_ends_its_run(engine: Engine, here: Bench) -> None:
 # --- The engine -----------------------------------------------------------------------------------------------
 
 
+def test_worker_that_is_not_root(engine: Engine, root: Path) -> None:
+    """Who may speak to the engine needs no more: algorithms are the worker's user then, and their outputs its own."""
+    if reachable_python(again=True) is None:
+        pytest.skip("no Python that an unprivileged user can start from a program of its own")
+    socket_file = engine.folder / "docker.sock"
+    before = socket_file.stat().st_mode
+    engine.folder.chmod(0o711)
+    socket_file.chmod(0o666)
+    try:
+        here = bench(Dropped(engine.runner()), root)
+        script = "id -u; id -G; mkdir -m 0 $OUTPUTS/closed; echo x > $LOGS/own; echo > $INPUTS/new || exit 3"
+        assert 3 == here.sh(script).code
+    finally:
+        socket_file.chmod(before)
+    assert [str(here.caller_uid)] * 2 == here.log.split()[:2]
+    for path in (here.outputs / "closed", here.folders.logs / "own"):
+        assert here.caller_uid == path.stat().st_uid
+        assert path.stat().st_mode & 0o600
+
+
 def test_no_engine_no_run(root: Path) -> None:
     """Where no engine answers nothing is run, and the operator reads which and what to do."""
     here = bench(DockerRunner(host=f"unix://{root}/nobody.sock"), root)
@@ -318,3 +338,7 @@ def test_a_kernel_of_its_own(engine: Engine, root: Path) -> None:
     assert "True" == unprivileged
     assert 3 == here.sh("exit 3").code
     assert Ending.TIMED_OUT is here.sh("trap '' TERM; sleep 60", seconds=1).ending
+    # Its kernel counts among the processes, so that a few must not keep it from starting.
+    bomb = here.python("import os, time\nwhile True: os.fork()\n", processes=5)
+    assert not bomb.ok
+    assert [] == engine.containers()
