@@ -64,6 +64,8 @@ PullPolicy = Literal["always", "missing", "never"]
 SETUP: Final = 60.0
 """Seconds the engine may take for one call, other than a pull."""
 
+_SILENT: Final = "the Docker engine does not answer"
+
 _KERNEL_THREADS: Final = 256
 """Further threads for a runtime of the operator's choice: gVisor's kernel runs within the limits of its container, and
 at a few dozen does not start but hang, and the engine with it."""
@@ -105,13 +107,10 @@ class DockerRunner(Runner):
 
     def obstacle(self) -> str | None:
         try:
-            with self._client() as client:
+            with closing(self._connect()) as client:
                 return self._missing(client.info())
         except OSError as error:
-            where = self.host or os.environ.get("DOCKER_HOST", "its usual socket")
-            return (
-                f"the Docker engine does not answer at {where}: {_words(error)}; start it, or let this user speak to it"
-            )
+            return f"{_SILENT}: {_words(error)}; start it, or let this user speak to it"
 
     def _missing(self, info: Mapping[str, Any]) -> str | None:
         security = " ".join(info.get("SecurityOptions") or ())
@@ -129,7 +128,11 @@ class DockerRunner(Runner):
         return None
 
     def fetch_image(self, image: Image, *, on_progress: Progress = untold, stop: Event | None = None) -> Image:
-        with self._client() as client:
+        try:
+            client = self._connect()
+        except OSError as error:
+            raise ImageUnavailable(f"{_SILENT}: {_words(error)}") from None
+        with closing(client):
             asks = self.pull == "always" and not image.checksum
             found = self._image(client, image, on_progress, stop or Event(), asks=asks)
         if image.checksum:
@@ -139,13 +142,13 @@ class DockerRunner(Runner):
         return Image(image.name, image.tag, checksums[0]) if checksums else image
 
     def jobs_left(self) -> frozenset[str]:
-        with self._client() as client:
+        with closing(self._connect()) as client:
             found = client.api.containers(all=True, filters={"label": [f"{SERVICE}={self.service}"]})
         return frozenset(container["Labels"][JOB] for container in found)
 
     def remove_job(self, job: str) -> None:
         labels = [f"{SERVICE}={self.service}", f"{JOB}={job}"]
-        with self._client() as client:
+        with closing(self._connect()) as client:
             for container in client.api.containers(all=True, filters={"label": labels}):
                 _remove(client, container["Id"])
 
@@ -153,7 +156,7 @@ class DockerRunner(Runner):
         stop = stop or Event()
         if obstacle := self.obstacle():
             return ExitReport(Ending.REFUSED, None, 0.0, obstacle)
-        with self._client() as client:
+        with closing(self._connect()) as client:
             try:
                 image = self._image(client, execution.image, untold, stop, asks=False)
             except ImageUnavailable as reason:
@@ -162,15 +165,14 @@ class DockerRunner(Runner):
                 return ExitReport(Ending.IMAGE_UNAVAILABLE, None, 0.0, str(reason))
             return self._carry_out(client, execution, image, stop)
 
-    @contextmanager
-    def _client(self) -> Iterator[docker.DockerClient]:
-        """Raises: OSError if there is no engine."""
+    def _connect(self) -> docker.DockerClient:
+        """Raises: OSError if no engine answers."""
         try:
-            client = docker.DockerClient(base_url=self.host, timeout=SETUP) if self.host else docker.from_env()
+            if self.host:
+                return docker.DockerClient(base_url=self.host, timeout=SETUP)
+            return docker.from_env(timeout=SETUP)
         except DockerException as error:
             raise OSError(_words(error)) from None
-        with closing(client):
-            yield client
 
     # --- Images -------------------------------------------------------------------------------------------------
 
@@ -361,7 +363,7 @@ def _watch(
             client.api.kill(name, "SIGTERM")
         output.ended.wait(until - time.monotonic())
 
-    top = _first_process(client.api.inspect_container(name))
+    top = _first_process(client, name)
     with closing(
         DiskWatch(
             execution.folders,
@@ -389,16 +391,20 @@ def _ended(client: docker.DockerClient, name: str, output: _Output, *, asked: bo
     if not asked:
         with suppress(APIError):  # it has ended meanwhile
             client.api.kill(name, "SIGKILL")
-    client.api.wait(name)
-    output.join()
-    return dict(client.api.inspect_container(name)["State"])
+    try:
+        client.api.wait(name)
+        output.join()
+        return dict(client.api.inspect_container(name)["State"])
+    except NotFound:
+        # Somebody has removed it, and killed it for that.
+        return {"ExitCode": 128 + signal.SIGKILL, "OOMKilled": False}
 
 
-def _first_process(container: Mapping[str, Any]) -> psutil.Process | None:
+def _first_process(client: docker.DockerClient, name: str) -> psutil.Process | None:
     """Pid 1 of a container; None if it is over, or its number is not one of this machine's."""
-    pid = container["State"]["Pid"]
     with suppress(psutil.Error, OSError):
-        if pid and container["Id"] in Path(f"/proc/{pid}/cgroup").read_text():
+        container = client.api.inspect_container(name)
+        if (pid := container["State"]["Pid"]) and container["Id"] in Path(f"/proc/{pid}/cgroup").read_text():
             return psutil.Process(pid)
     return None
 
@@ -520,6 +526,7 @@ class _Pull:
         self._credentials = credentials
         self._on_progress = on_progress
         self._failure = ""
+        self._bug: Exception | None = None
         self._done = Event()
         threading.Thread(target=self._pull, daemon=True).start()
 
@@ -531,6 +538,8 @@ class _Pull:
                 raise ImageUnavailable("stopped on request")
             if time.monotonic() > deadline:
                 raise ImageUnavailable(f"{self._image.reference} could not be pulled within {seconds:g} s")
+        if self._bug is not None:
+            raise self._bug
         if self._failure:
             raise ImageUnavailable(f"{self._image.reference} could not be pulled: {self._failure}")
 
@@ -553,6 +562,8 @@ class _Pull:
                     self._on_progress(sum(done), sum(total), sum(ended), len(layers))
         except (DockerException, OSError) as error:
             self._failure = self._failure or self._hidden(error)
+        except Exception as bug:  # such as of whom the progress is told
+            self._bug = bug
         finally:
             self._done.set()
 

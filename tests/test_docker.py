@@ -17,7 +17,7 @@ import pytest
 
 from blocks.containers import DockerRunner
 from blocks.limits import MIB
-from blocks.runner import Ending, Image, ImageUnavailable
+from blocks.runner import Ending, ExitReport, Image, ImageUnavailable
 from tests.docker_engine import PASSWORD, USER, Engine, Registry, published
 from tests.runner_bench import Bench, bench, eventually, sleepers
 from tests.runner_support import Dropped, caller, reachable_python
@@ -266,9 +266,13 @@ def test_a_run_ends_what_an_earlier_one_left(engine: Engine, here: Bench) -> Non
 
 def test_a_removed_container_ends_its_run(engine: Engine, here: Bench) -> None:
     """When somebody removes the job of a run in progress, the run is over, and says that it was killed."""
-    process, _ = begun(here, "98783")
+    ends: list[ExitReport] = []
+    thread = threading.Thread(target=lambda: ends.append(here.sh("sleep 98783")))
+    thread.start()
+    assert eventually(lambda: bool(sleepers("98783")), 15)
     here.runner.remove_job(f"job-{here.name}")
-    assert process.wait(20) is not None
+    thread.join()
+    assert (Ending.EXITED, 137, "was ended by SIGKILL") == (ends[0].ending, ends[0].code, ends[0].detail)
     assert [] == engine.containers()
 
 
