@@ -18,7 +18,8 @@ ABSENT = 2.0
 """Seconds for which a container must not be there: the engine may be about to make it."""
 
 
-def main(host: str, name: str) -> None:
+def main(host: str, label: str) -> None:
+    """*label* is one only that container has: a later run may have the same name by the time this one is removed."""
     if sys.stdin.buffer.read() == DONE:
         return
     import docker  # noqa: PLC0415
@@ -29,9 +30,11 @@ def main(host: str, name: str) -> None:
         with suppress(docker.errors.DockerException, OSError):
             client = docker.DockerClient(base_url=host) if host else docker.from_env()
             try:
-                client.api.remove_container(name, force=True, v=True)
-            except docker.errors.NotFound:
-                absent_since = absent_since or now
+                found = client.api.containers(all=True, filters={"label": [label]})
+                for container in found:
+                    client.api.remove_container(container["Id"], force=True, v=True)
+                if not found:
+                    absent_since = absent_since or now
             finally:
                 client.close()
         time.sleep(0.1)

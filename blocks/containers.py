@@ -29,8 +29,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from posixpath import normpath
 from threading import Event
 from typing import IO, Any, Final, Literal
+from uuid import uuid4
 
 import docker
 import psutil
@@ -63,6 +65,8 @@ PullPolicy = Literal["always", "missing", "never"]
 
 SETUP: Final = 60.0
 """Seconds the engine may take for one call, other than a pull."""
+SETTLED: Final = 10.0
+"""Seconds after which a container whose first process is over is over too."""
 
 _SILENT: Final = "the Docker engine does not answer"
 
@@ -72,7 +76,8 @@ at a few dozen does not start but hang, and the engine with it."""
 
 JOB: Final = "c2d.job"
 SERVICE: Final = "c2d.service"
-"""Labels of a container. Services that share an engine leave each other's alone."""
+TRY: Final = "c2d.try"
+"""Labels of a container: its job; the service, since those that share an engine leave each other's alone; itself."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,8 @@ class DockerRunner(Runner):
         try:
             with ExitStack() as undo:
                 log = undo.enter_context(folders.log.open("ab", buffering=0))
-                undo.enter_context(_guarded(self.host, name))
+                mark = uuid4().hex
+                undo.enter_context(_guarded(self.host, f"{TRY}={mark}"))
                 _remove(client, name)
                 # Else the engine makes it, as root, whoever the caller is.
                 (folders.logs / LOG_NAME).unlink(missing_ok=True)
@@ -221,7 +227,7 @@ class DockerRunner(Runner):
                 undo.callback(_remove, client, name)
                 try:
                     client.api.create_container_from_config(
-                        self._configuration(client, execution, image, f"{uid}:{gid}"), name
+                        self._configuration(client, execution, image, user=f"{uid}:{gid}", mark=mark), name
                     )
                     output = _Output(client.api.attach(name, stream=True, demux=True), log, limits.disk_bytes)
                     killed = undo.enter_context(_oom_kills(client, name))
@@ -230,7 +236,7 @@ class DockerRunner(Runner):
                 except APIError as refusal:
                     return ExitReport(Ending.REFUSED, None, 0.0, _why_not_started(refusal))
                 ending = _watch(client, name, output, execution, killed, deadline=began + limits.seconds, stop=stop)
-                state = _ended(client, name, output, asked=ending is Ending.EXITED)
+                state = _ended(client, name, output, by_itself=ending is Ending.EXITED)
                 seconds = time.monotonic() - began
         finally:
             written = give_back(folders, shown=True)
@@ -246,7 +252,7 @@ class DockerRunner(Runner):
         return ExitReport(ending, None, seconds, told_of_limit(ending, limits))
 
     def _configuration(
-        self, client: docker.DockerClient, execution: Execution, image: Mapping[str, Any], user: str
+        self, client: docker.DockerClient, execution: Execution, image: Mapping[str, Any], *, user: str, mark: str
     ) -> dict[str, Any]:
         limits = execution.limits
         own = image["Config"] or {}
@@ -255,7 +261,7 @@ class DockerRunner(Runner):
         host = client.api.create_host_config(
             mounts=_mounts(execution.folders),
             # A volume that an image declares would be a folder of the machine without any limit.
-            tmpfs=dict.fromkeys({"/tmp", *(own.get("Volumes") or ())} - set(_TREE), tmpfs),  # noqa: S108
+            tmpfs=dict.fromkeys({"/tmp", *map(normpath, own.get("Volumes") or ())} - _TREE.keys(), tmpfs),  # noqa: S108
             shm_size=scratch,
             read_only=True,
             cap_drop=["ALL"],
@@ -282,7 +288,7 @@ class DockerRunner(Runner):
                 user=user,
                 hostname="c2d",
                 working_dir="/data",
-                labels={SERVICE: self.service, JOB: execution.job or execution.name},
+                labels={SERVICE: self.service, JOB: execution.job or execution.name, TRY: mark},
                 healthcheck={"test": ["NONE"]},
                 host_config=host,
             )
@@ -386,12 +392,15 @@ def _watch(
     return Ending.EXITED
 
 
-def _ended(client: docker.DockerClient, name: str, output: _Output, *, asked: bool) -> Mapping[str, Any]:
-    """The state of a container that has ended; *asked* is whether it has done so by itself, or is to be killed."""
-    if not asked:
-        with suppress(APIError):  # it has ended meanwhile
-            client.api.kill(name, "SIGKILL")
+def _ended(client: docker.DockerClient, name: str, output: _Output, *, by_itself: bool) -> Mapping[str, Any]:
+    """The state of a container that ends *by_itself* or else is killed."""
     try:
+        if by_itself:
+            # That nobody can print any more is its end, unless somebody has closed what belongs to the porter.
+            with suppress(OSError):
+                client.api.wait(name, timeout=SETTLED)
+        with suppress(APIError):  # it has ended
+            client.api.kill(name, "SIGKILL")
         client.api.wait(name)
         output.join()
         return dict(client.api.inspect_container(name)["State"])
@@ -474,10 +483,10 @@ def _oom_kills(client: docker.DockerClient, name: str) -> Iterator[Event]:
 
 
 @contextmanager
-def _guarded(host: str, name: str) -> Iterator[None]:
-    """While this lasts, the end of this process is the end of the container *name*."""
+def _guarded(host: str, label: str) -> Iterator[None]:
+    """While this lasts, the end of this process is the end of the container with that label."""
     with subprocess.Popen(
-        [sys.executable, "-P", str(container_guard.__file__), host, name],
+        [sys.executable, "-P", str(container_guard.__file__), host, label],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

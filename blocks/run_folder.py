@@ -112,12 +112,14 @@ def size_of(found: os.stat_result) -> int:
 
 
 def scratch_bytes(top: int | None) -> Iterator[int]:
-    """Bytes on each tmpfs that the process *top* sees; none if that is None."""
+    """Bytes on each tmpfs that the process *top* sees; none if that is None. What is no mount is no tmpfs."""
     if top is not None:
         for folder in ("tmp", "dev/shm"):
             with suppress(OSError):
-                state = os.statvfs(f"/proc/{top}/root/{folder}")
-                yield (state.f_blocks - state.f_bfree) * state.f_frsize
+                path = Path(f"/proc/{top}/root/{folder}")
+                if path.stat().st_dev != path.parent.stat().st_dev:
+                    state = os.statvfs(path)
+                    yield (state.f_blocks - state.f_bfree) * state.f_frsize
 
 
 def unlinked(members: Iterable[psutil.Process]) -> Iterator[tuple[os.stat_result, bool]]:

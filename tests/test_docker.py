@@ -150,7 +150,10 @@ def test_an_image_does_not_decide_how_it_is_run(engine: Engine, here: Bench) -> 
         here.image,
         changes=[
             *('ENTRYPOINT ["/bin/false"]', 'CMD ["nothing"]', "USER root", "WORKDIR /root"),
-            *("HEALTHCHECK --interval=1s CMD /bin/touch /data/outputs/unhealthy", "VOLUME /tmp /volume /data/outputs"),
+            *(
+                "HEALTHCHECK --interval=1s CMD /bin/touch /data/outputs/unhealthy",
+                "VOLUME /tmp/ /volume /data/outputs/",
+            ),
             *("ENV OWN=1", "ENV LANG=de_DE.UTF-8", "ENV INPUTS=/elsewhere"),
         ],
     )
@@ -196,10 +199,12 @@ def test_image_without_a_shell(engine: Engine, here: Bench, root: Path) -> None:
 def test_containers_are_bounded(engine: Engine, here: Bench) -> None:
     """As the engine sees it: every limit is on."""
     ends: list[bool] = []
-    thread = threading.Thread(target=lambda: ends.append(here.sh("sleep 0.7", processes=20, cpus=0.5).ok))
+    script = 'until [ -e "$INPUTS/go" ]; do sleep 0.05; done'
+    thread = threading.Thread(target=lambda: ends.append(here.sh(script, processes=20, cpus=0.5).ok))
     thread.start()
     assert eventually(lambda: engine.containers() == [f"c2d-{here.name}"])
     host = engine.client.api.inspect_container(f"c2d-{here.name}")["HostConfig"]
+    here.folders.inputs.joinpath("go").touch()
     thread.join()
     assert [True] == ends
     assert (256 * MIB, 256 * MIB, 21, 500_000_000) == (

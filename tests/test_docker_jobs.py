@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from blocks.containers import TRY
 from blocks.runner import Image
 from cli.service import Service
 from tests.conftest import DEFINITIONS
@@ -133,10 +134,10 @@ def test_a_killed_flow_leaves_no_container(consumer: Consumer, engine: Engine, i
     """SIGKILL of the process that runs a job ends its container, and deleting the job its record."""
     id = consumer.submit(workflow(stages=[stage(algorithm=code(image, SLEEPS))]))
     assert eventually(lambda: f"c2d-{id}-0" in engine.containers(), 60)
-    guard = next(p for p in psutil.process_iter(["cmdline"]) if f"c2d-{id}-0" in (p.info["cmdline"] or ()))
-    flow = guard.parent()
+    container = engine.client.api.inspect_container(f"c2d-{id}-0")
+    before, label = container["Id"], f"{TRY}={container['Config']['Labels'][TRY]}"
+    flow = next(p for p in psutil.process_iter(["cmdline"]) if label in (p.info["cmdline"] or ())).parent()
     assert flow is not None
-    before = engine.client.containers.get(f"c2d-{id}-0").id
     flow.kill()
     assert eventually(lambda: before not in [found["Id"] for found in engine.client.api.containers(all=True)], 5)
     assert consumer.http.delete("/api/v1/operator/compute", params={"jobId": id}).is_success
