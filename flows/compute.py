@@ -26,6 +26,7 @@ from flows.states import ended_state, waited
 from flows.status import Phase, Status
 from flows.steps import settle, step_keys
 from flows.workflow import parse_workflow
+from tasks.execute import end_left_runs
 from tasks.workspace import held, remove_job, sweep
 
 FLOW_NAME: Final = "compute"
@@ -136,6 +137,12 @@ def _retract_unfinished(
 def _sweep(blocks: dict[Path, ComputeEnvironment]) -> None:
     """Of jobs that were never restarted. Not this job's business, so nothing of it may end this job."""
     for root, block in blocks.items():
+        try:
+            # Of this one's earlier try too: no folder is touched while an algorithm may be writing into it.
+            if ended := end_left_runs(block.make_runner(), root):
+                get_run_logger().warning("algorithms of %d jobs were still running without their process", len(ended))
+        except OSError:
+            get_run_logger().warning("algorithms that run without their process could not be ended")
         try:
             sweep(root, block.offer.storage_expiry)
         except (OSError, subprocess.CalledProcessError):

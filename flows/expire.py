@@ -36,6 +36,7 @@ from flows.errors import NotReady
 from flows.jobs import Job
 from flows.prefect_jobs import PrefectJobs
 from flows.sealing import Seal
+from tasks.execute import end_left_runs
 from tasks.workspace import sweep
 
 FLOW_NAME: Final = "expire"
@@ -117,6 +118,10 @@ async def _drop_missed(client: PrefectClient, this: FlowRun) -> None:
 
 
 def _sweep(block: ComputeEnvironment) -> None:
+    try:
+        end_left_runs(block.make_runner(), block.workspace_root())
+    except OSError:
+        get_run_logger().warning("algorithms of %s that run without their process could not be ended", block.offer.id)
     try:
         sweep(block.workspace_root(), block.offer.storage_expiry)
     except (OSError, subprocess.CalledProcessError):

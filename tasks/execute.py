@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from threading import Event
 
 from blocks.limits import Limits
 from blocks.runner import Execution, ExitReport, Image, Runner
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, idle
 
 
 def execute_algorithm(
@@ -53,3 +54,26 @@ def execute_algorithm(
         ),
         stop=stop,
     )
+
+
+def end_left_runs(runner: Runner, root: Path) -> list[str]:
+    """
+    End what still runs of jobs on which no process of this machine works any more, and remove what is left of it.
+    *root* is the folder of the jobs. Safe to repeat, and beside jobs in progress.
+
+    For what dies together with its caller there is nothing to do. Of the rest, an algorithm would otherwise run on
+    without a deadline, and write where the next try of its job does.
+
+    Returns:
+        The ids of the jobs.
+
+    Raises:
+        OSError: What runs the algorithms does not answer.
+    """
+    ended = []
+    for job in sorted(runner.jobs_left()):
+        with idle(root, job) as left:
+            if left:
+                runner.remove_job(job)
+                ended.append(job)
+    return ended

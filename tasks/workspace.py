@@ -144,6 +144,21 @@ def held(root: Path, job_id: str, keep_seconds: float, *, waits: Callable[[], No
             os.utime(lock.fileno())
 
 
+@contextmanager
+def idle(root: Path, job_id: str) -> Iterator[bool]:
+    """Whether no process on this machine works on a job; if so, none begins to before the end of the block."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context((root / job_id / _LOCK).open())
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except FileNotFoundError:
+            pass  # nobody has ever worked on it here, or its folder has been removed since
+        yield True
+
+
 def sweep(root: Path, keep_seconds: float) -> list[str]:
     """
     Remove the folders of jobs that nobody works on and that have been kept for as long as they were to be.

@@ -18,6 +18,8 @@ import pytest
 from blocks.containers import DockerRunner
 from blocks.limits import MIB
 from blocks.runner import Ending, ExitReport, Image, ImageUnavailable
+from tasks.execute import end_left_runs
+from tasks.workspace import held
 from tests.docker_engine import PASSWORD, USER, Engine, Registry, published
 from tests.runner_bench import Bench, bench, eventually, sleepers
 from tests.runner_support import Dropped, caller, reachable_python
@@ -255,6 +257,20 @@ def test_what_everybody_has_forgotten_is_found(engine: Engine, here: Bench) -> N
     here.runner.remove_job(f"job-{here.name}")
     assert (frozenset(), []) == (here.runner.jobs_left(), sleepers("98781"))
     here.runner.remove_job(f"job-{here.name}")
+
+
+def test_jobs_that_nobody_works_on_are_ended(engine: Engine, here: Bench) -> None:
+    """Whose folder no process holds; a job in progress is left alone."""
+    process, guard = begun(here, "98784")
+    guard.send_signal(signal.SIGKILL)
+    process.kill()
+    process.wait()
+    job, jobs = f"job-{here.name}", here.root / "jobs"
+    with held(jobs, job, 60):
+        assert [] == end_left_runs(here.runner, jobs)
+        assert sleepers("98784")
+    assert [job] == end_left_runs(here.runner, jobs)
+    assert ([], []) == (sleepers("98784"), end_left_runs(here.runner, jobs))
 
 
 def test_a_run_ends_what_an_earlier_one_left(engine: Engine, here: Bench) -> None:
