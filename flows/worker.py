@@ -115,6 +115,9 @@ FOLDERS_EVERY: Final = 12
 HAND_BACK_SECONDS: Final = 5.0
 """For telling Prefect of a run that is handed back; if it cannot be told, the next worker of this name finds out."""
 
+EXIT_SECONDS: Final = 5.0
+"""For sending what was logged, at the end of a worker."""
+
 SERVERS: Final = 4
 """Environments that a fork server is kept for; beyond it the one not used for longest goes."""
 
@@ -589,6 +592,17 @@ async def _hand_back(run_id: UUID) -> None:
             await give_up(client, run_id, HANDED_BACK)
 
 
+def _end_soon() -> None:
+    """
+    End this process, which has been told to, after a while at the latest.
+
+    Nothing is left to do but to send what was logged; Prefect tries that for a minute where the server is away.
+    """
+    timer = threading.Timer(EXIT_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
 @dataclass(eq=False)
 class Attempt:
     """One time that a run is run here, from its claim to the end of its process."""
@@ -706,6 +720,8 @@ class WarmProcessWorker(ProcessWorker):
             with anyio.CancelScope(shield=True):
                 await self._servers.close()
             self._names.close()
+            if isinstance(exc_info[1], asyncio.CancelledError):
+                _end_soon()
 
     # ---- woken
 
