@@ -104,9 +104,13 @@ def _go_on(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment],
         get_run_logger().info("%d of %d steps had finished before", len(done), len(plan.steps))
         _retract_unfinished(plan, job_id, environments, done)
     try:
-        return run_plan(plan, job_id, environments, seal.fingerprint)
-    finally:
-        settle(plan, job_id, keys, environments)
+        result = run_plan(plan, job_id, environments, seal.fingerprint)
+    except BaseException:
+        # Logs that have not been published are all there is to tell what an algorithm was at when it was stopped.
+        settle(plan, job_id, keys, environments, logs=True)
+        raise
+    settle(plan, job_id, keys, environments)
+    return result
 
 
 def _published(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment]) -> set[int] | None:
