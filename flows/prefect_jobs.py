@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -131,6 +132,9 @@ until all that it left is gone, so that a deletion that was cut off is known of 
 
 PATIENCE: Final = 5.0
 """Seconds a deletion waits for its turn among the restarts."""
+
+LOOK_UP: Final = 2.0
+"""Seconds a status waits for the store to tell what there is; a stop has to be answered also while a store hangs."""
 
 TOLD: Final = 3.0
 """
@@ -613,11 +617,8 @@ class PrefectJobs(Jobs):
 
     async def _remove_folder(self, block: ComputeEnvironment, job: Job) -> None:
         """If it is on this machine; elsewhere it is known by nobody any more, and removed for that."""
-        root = block.workspace_root()
-        if not os.path.lexists(root / job.id):
-            return
         try:
-            await asyncio.to_thread(remove_job, root, job.id)
+            await asyncio.to_thread(_remove_if_there, block.workspace_root(), job.id)
         except subprocess.CalledProcessError:
             raise NotReady("Files of this job cannot be removed at this moment; delete it again later.") from None
 
@@ -790,8 +791,9 @@ class PrefectJobs(Jobs):
         if block is None:
             return None
         try:
-            manifest: Manifest | None = await asyncio.to_thread(block.store().manifest, job.id)
-        except StoreUnavailable:
+            async with asyncio.timeout(LOOK_UP):
+                manifest: Manifest | None = await asyncio.to_thread(block.store().manifest, job.id)
+        except (StoreUnavailable, TimeoutError):
             return None
         return tuple(
             Result(filename=file.path, filesize=file.size, media_type=file.type, kind=file.kind, sha256=file.sha256)
@@ -882,6 +884,11 @@ class PrefectJobs(Jobs):
         except ObjectNotFound:
             return None
         return max((w.last_heartbeat_time for w in workers if w.last_heartbeat_time), default=None)
+
+
+def _remove_if_there(root: Path, job_id: str) -> None:
+    if os.path.lexists(root / job_id):
+        remove_job(root, job_id)
 
 
 async def _remove_document(block: ComputeEnvironment, parameters: Mapping[str, Any]) -> None:
