@@ -247,8 +247,11 @@ class Jobs(ABC):
         """
 
     @abstractmethod
-    async def finish_deletions(self, *, most: int = 100) -> Expiry:
-        """Take up at most *most* of the deletions that were begun and not finished. Costs little if there is none."""
+    async def finish_deletions(self, *environments: str, most: int = 100) -> Expiry:
+        """
+        Take up at most *most* of the deletions that were begun and not finished, of jobs of these *environments*; of
+        all if none is named. May be called as often as one likes, and in several places at once.
+        """
 
     @abstractmethod
     async def environments(self) -> list[EnvironmentState]:
@@ -524,8 +527,9 @@ class MemoryJobs(Jobs):
             self.begin_deletion(job.id)
         return [self._remove(job) for job in list(self._deleting.values()) if query.matches(job)]
 
-    async def finish_deletions(self, *, most: int = 100) -> Expiry:
-        return Expiry(tuple(self._remove(job) for job in list(self._deleting.values())[:most]))
+    async def finish_deletions(self, *environments: str, most: int = 100) -> Expiry:
+        begun = [job for job in self._deleting.values() if not environments or job.environment in environments]
+        return Expiry(tuple(self._remove(job) for job in begun[:most]))
 
     def _remove(self, job: Job) -> Job:
         self._jobs[job.id] = self._deleting.pop(job.id)

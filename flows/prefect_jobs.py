@@ -145,6 +145,8 @@ seconds, Prefect takes those of a run that is deleted as well, and then nobody c
 REMOVAL_SECONDS: Final = 3600.0
 """After so long whoever began a removal is taken for dead, and another takes it up."""
 
+_NOWHERE: Final = "The environment of this job is not registered any more, so its results cannot be deleted."
+
 LIVE_STATES: Final = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 _WAITING: Final = [StateType.SCHEDULED]
 _BUSY: Final = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -308,7 +310,13 @@ class PrefectJobs(Jobs):
         async with _reaching_out():
             # Those as well whose deletion was begun before: "not found" would tell whoever asks again that all of it
             # is gone, while it may still lie in a store that was away.
-            runs = await self._begin_deletions(await self._runs(_wanted(query), deleting=True))
+            runs = await self._runs(_wanted(query), deleting=True)
+            blocks = await self._blocks() if runs else {}
+            if any(run.parameters["summary"]["environments"][0] not in blocks for run in runs):
+                # Their records are the only thing that knows of their files, so they must not go before them. Not
+                # begun, so that they can still be seen.
+                raise NotReady(_NOWHERE)
+            runs = await self._begin_deletions(runs)
             jobs, faults = await self._delete(runs)
         if faults:
             raise faults[0]
@@ -330,9 +338,11 @@ class PrefectJobs(Jobs):
             for job in jobs
         ]
 
-    async def finish_deletions(self, *, most: int = 100) -> Expiry:
+    async def finish_deletions(self, *environments: str, most: int = 100) -> Expiry:
         async with _reaching_out():
-            begun = await self._runs(FlowRunFilter(tags=FlowRunFilterTags(all_=[DELETING])), deleting=True)
+            of_any = [_environment_tag(name) for name in environments] or None
+            tags = FlowRunFilterTags(all_=[DELETING], any_=of_any)
+            begun = await self._runs(FlowRunFilter(tags=tags), deleting=True)
             # Any of them: those that cannot be finished, for want of their store, are not to hold up the others.
             runs = random.sample(begun, min(most, len(begun)))
             removed, faults = await self._delete(runs)
@@ -602,8 +612,7 @@ class PrefectJobs(Jobs):
                 raise NotReady("The job is still being stopped; delete it again in a moment.")
             await self._client.set_flow_run_state(run.id, Cancelled(message="deleted on request"), force=True)
         if block is None:
-            # Its record is the only thing that knows of its files, so it must not go before them.
-            raise NotReady("The environment of this job is not registered any more, so its results cannot be deleted.")
+            raise NotReady(_NOWHERE)
         await asyncio.to_thread(block.store().delete_job, job.id)
         await _remove_document(block, run.parameters)
         await self._remove_folder(block, job)

@@ -26,6 +26,7 @@ from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
 from cli.service import Service
+from flows.prefect_jobs import DELETING
 from tests import documents
 from tests.documents import data, stage
 from tests.factories import brizo_sign, consumer_signed
@@ -280,3 +281,67 @@ def test_a_job_is_stopped_and_deleted_in_every_status(holding: Holding, n: int, 
         assert all(owner.is_unknown(each, method, job_id) for each in DIALECTS for method in ("GET", "PUT", "DELETE"))
     assert house.nothing_of(to_stop, to_delete)
     assert before == house.on_disk()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6])
+def test_a_stop_that_comes_while_a_job_is_being_begun(holding: Holding, seconds: float) -> None:
+    """Taken by a worker, forked, about to fetch or to run: it is stopped, and nothing of it goes on."""
+    job_id = holding.submit(rawcode=STUBBORN.format(marker=holding.marker))
+    time.sleep(seconds)
+    began = time.monotonic()
+    stopped = holding.owner.told(DIALECTS[int(seconds * 10) % 3], "PUT", job_id)
+    took = time.monotonic() - began
+    print(f"STOP after {seconds} {took:.2f}", stopped["status"], holding.consumer.job(job_id)["history"])
+    assert 7 == stopped["status"], stopped
+    assert took < PROMISED
+    assert [] == processes(holding.marker)
+    assert 8 == holding.owner.told("operator", "DELETE", job_id)["status"]
+    assert holding.house.nothing_of(job_id)
+    assert [] == processes(holding.marker)
+
+
+def test_what_a_stop_leaves(holding: Holding) -> None:
+    """
+    What a stage has published can be had, the log of the one that was stopped is in the job's folder, what was fetched
+    is not fetched again. Deleted, links to its results are dead.
+    """
+    owner, consumer, files = holding.owner, holding.consumer, holding.files
+    url = files.add(b"x")
+    job_id = consumer.submit(
+        owner.document(
+            stage(index=0, input=[data("did:op:aa", url)], rawcode=OUTPUT),
+            stage(index=1, rawcode="import time\nprint('begun', flush=True)\ntime.sleep(50)"),
+        )
+    )
+    log = holding.house.work / job_id / "1" / "algorithm.log"
+    for _ in range(2):
+        consumer.wait(job_id, lambda job: log.is_file() and log.read_bytes() == b"begun\n")
+        stopped = owner.told("provider", "PUT", job_id)
+        assert (7, 1) == (stopped["status"], stopped["stopreq"])
+        job = consumer.job(job_id)
+        assert (7, 1) == (job["status"], job["stage"])
+        assert b"done" == consumer.read(job, "x.txt")
+        assert b"begun\n" == log.read_bytes()
+        assert (log.parents[1] / "0" / "data" / "inputs" / "aa" / "0").read_bytes() == b"x"
+        if _ == 0:
+            consumer.http.post(f"{OPERATOR}/compute", json={"jobId": job_id}).raise_for_status()
+            assert 7 != consumer.job(job_id)["status"]
+            consumer.wait(job_id, lambda job: job["status"] == 40)
+    assert 1 == files.requests[url]
+    links = [result["url"] for result in job["results"]]
+    assert 8 == owner.told("brizo", "DELETE", job_id)["status"]
+    assert {404} == {consumer.http.get(link).status_code for link in links}
+    assert holding.house.nothing_of(job_id)
+
+
+def test_a_deletion_is_finished_whoever_began_it(holding: Holding) -> None:
+    """The API that began it is gone: the job is unknown in every dialect, and whoever asks again has it deleted."""
+    owner, house = holding.owner, holding.house
+    job_id = holding.submit(environment="unattended")
+    with httpx.Client(base_url=f"{house.service.prefect_url}/api") as http:
+        run = f"/flow_runs/{UUID(job_id)}"
+        http.patch(run, json={"tags": [*http.get(run).json()["tags"], DELETING]}).raise_for_status()
+    assert all(owner.is_unknown(each, method, job_id) for each in DIALECTS for method in ("GET", "PUT"))
+    assert 8 == owner.told("provider", "DELETE", job_id)["status"]
+    assert all(owner.is_unknown(each, "DELETE", job_id) for each in DIALECTS)
+    assert house.nothing_of(job_id)
