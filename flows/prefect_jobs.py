@@ -37,8 +37,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact, FlowRun, State, StateType, TaskRun
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import FlowRunWaitTimeout, ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
-from prefect.flow_runs import wait_for_flow_run
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Scheduled
 
 from blocks.environment import ComputeEnvironment, load_environments
@@ -74,6 +73,7 @@ from flows.states import (
     STOPPED_IN_QUEUE,
     Steps,
     expired_in_queue,
+    has_begun,
     history,
     is_taken_out,
     live_status,
@@ -97,6 +97,12 @@ LARGEST_PARAMETER: Final = 256 * 1024
 
 STOP_DEADLINE: Final = 15
 """Seconds a stop waits for the job's process to be gone before it answers all the same."""
+
+BEGINNING: Final = 2.0
+"""Seconds that a stop leaves to a job which a worker has taken and not begun, for its process to hear of it."""
+
+LOOK_AGAIN: Final = 0.25
+"""Seconds between two looks at a job that is being stopped."""
 
 PLACES: Final = 25
 """Waiting jobs of one answer that are told how many are before them; each costs a request."""
@@ -224,8 +230,8 @@ class PrefectJobs(Jobs):
     Jobs of one Prefect server. Holds no state of its own but caches; any number of these can serve one server.
 
     Args:
-        client: Entered by the caller, for as long as this is used. Waiting for the end of a run and loading of
-            blocks go by ``PREFECT_API_URL`` all the same, so it has to name the same server.
+        client: Entered by the caller, for as long as this is used. Loading of blocks goes by ``PREFECT_API_URL`` all
+            the same, so it has to name the same server.
         seal: The service's key; the workers have the same.
         local_workers: The workers run on this machine, so that an environment which cannot shut an algorithm in
             is known before a job is taken.
@@ -239,6 +245,7 @@ class PrefectJobs(Jobs):
         self._offers_cache: TTLCache[None, list[EnvironmentState]] = TTLCache(1, ttl=1)
         self._deployments: TTLCache[str, UUID] = TTLCache(1_000, ttl=30)
         self._restarting = asyncio.Lock()
+        self._limit_made = False
         self._ended: LRUCache[tuple[UUID, UUID], Job] = LRUCache(10_000)
 
     async def submit(self, workflow: Workflow) -> Job:
@@ -539,7 +546,8 @@ class PrefectJobs(Jobs):
             await self._client.update_flow_run(run_id, tags=[*tags, KEPT] if kept else tags)
 
     async def _cancel(self, run_id: UUID) -> None:
-        try:
+        # A job that is not gone at the end tells how far it is, with stopreq set; or it was deleted meanwhile.
+        with suppress(ObjectNotFound):
             run = await self._client.read_flow_run(run_id)
             if run.state is None or run.state.is_scheduled():
                 answer = await self._client.set_flow_run_state(run_id, taken_out_of_the_queue(STOPPED_IN_QUEUE))
@@ -551,9 +559,27 @@ class PrefectJobs(Jobs):
             elif run.state.is_final():
                 return
             await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
-            await wait_for_flow_run(run_id, timeout=STOP_DEADLINE, client=self._client)
-        except (FlowRunWaitTimeout, ObjectNotFound):
-            return  # the job tells how far it is, with stopreq set; or it was deleted by someone else meanwhile
+            await self._gone(run_id)
+
+    async def _gone(self, run_id: UUID) -> None:
+        """
+        Wait for the end of a run that is to end, for a while. Raises ObjectNotFound.
+
+        By asking: ``prefect.flow_runs.wait_for_flow_run`` is told of events of some minutes ago first, so that of a job
+        that was restarted it takes an earlier end for the one it waits for (prefect 3.8.8).
+        """
+        began = time.monotonic()
+        while time.monotonic() - began < STOP_DEADLINE:
+            state = (await self._client.read_flow_run(run_id)).state
+            if state is not None and state.is_final():
+                return
+            if time.monotonic() - began > BEGINNING and not has_begun(await self._client.read_flow_run_states(run_id)):
+                # A worker had taken it, and listens for stops of what it has begun only. The server refuses to let a
+                # run begin that is cancelling, and nobody ends such a one; should its process come later than this,
+                # the flow itself sees that it was stopped.
+                await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE))
+                return
+            await asyncio.sleep(LOOK_AGAIN)
 
     async def _begin_deletions(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
         """Mark *runs* as being deleted; answers them as they are then, without those that are gone."""
@@ -826,10 +852,12 @@ class PrefectJobs(Jobs):
             NotReady: Another instance is at it, and still is after *patience* seconds.
         """
         async with self._restarting:
-            with suppress(ObjectAlreadyExists):
-                await self._client.create_global_concurrency_limit(
-                    GlobalConcurrencyLimitCreate(name=RESTARTS, limit=1, slot_decay_per_second=RESTART_DECAY)
-                )
+            if not self._limit_made:
+                with suppress(ObjectAlreadyExists):
+                    await self._client.create_global_concurrency_limit(
+                        GlobalConcurrencyLimitCreate(name=RESTARTS, limit=1, slot_decay_per_second=RESTART_DECAY)
+                    )
+                self._limit_made = True
             until = time.monotonic() + patience
             while not await self._slot_taken():
                 if time.monotonic() >= until:

@@ -99,6 +99,26 @@ def waited(states: Iterable[State[Any]]) -> float:
     return (until - since).total_seconds() if since and until else 0.0
 
 
+def stopped_before_it_began(states: Iterable[State[Any]]) -> bool:
+    """Whether a run was stopped since it was queued the last time, from all *states* it has had."""
+    asked = False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.type is StateType.SCHEDULED:
+            asked = False
+        elif state.type in (StateType.CANCELLING, StateType.CANCELLED):
+            asked = True
+    return asked
+
+
+def has_begun(states: Iterable[State[Any]]) -> bool:
+    """Whether a run has begun since it was queued the last time, from all *states* it has had."""
+    begun = False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.type in (StateType.SCHEDULED, StateType.RUNNING):
+            begun = state.type is StateType.RUNNING
+    return begun
+
+
 SKIPPED: Final = "Skipped"
 """Name of the state of a step whose turn never came, because one before it failed."""
 

@@ -840,7 +840,9 @@ async def test_a_removal_that_was_cut_off(prefect_jobs: PrefectJobs) -> None:
 
 
 @pytest.mark.server
-async def test_a_deletion_that_cannot_be_finished(prefect_jobs: PrefectJobs, prefect_server: PrefectServer) -> None:
+async def test_a_deletion_that_cannot_be_finished(
+    prefect_jobs: PrefectJobs, prefect_server: PrefectServer, tmp_path: Path
+) -> None:
     """
     While a store is away it is NotReady, however often it is asked for, and the job stays unknown; it is finished once
     the store is back. Meanwhile nothing of the job expires.
@@ -849,7 +851,8 @@ async def test_a_deletion_that_cannot_be_finished(prefect_jobs: PrefectJobs, pre
     await past(job)
     async with get_client() as client:
         block = (await load_environments(client))[FADING]
-        away = block.model_copy(update={"results": "file:///proc/c2d"})
+        (tmp_path / "file").touch()
+        away = block.model_copy(update={"results": f"file://{tmp_path}/file/results"})
         await away.save(FADING, overwrite=True)
         try:
             async with over_prefect(prefect_server) as others:
