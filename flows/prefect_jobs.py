@@ -360,16 +360,19 @@ class PrefectJobs(Jobs):
     async def expire_waiting(self, environment: str, *, most: int = 100) -> list[Job]:
         async with _reaching_out():
             block = (await self._blocks()).get(environment)
-            if block is None or not block.offer.max_wait:
+            if block is None:
                 return []
             tag = _environment_tag(environment)
-            wanted = _in_states(_WAITING, tag)
-            wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
-                before_=datetime.now(UTC) - timedelta(seconds=block.offer.max_wait)
-            )
-            # Those whose end was cut off are not scheduled any more, and so have no such time.
-            taken = [run for run in await self._runs(_in_states([StateType.PENDING], tag)) if is_taken_out(run.state)]
-            jobs = await self._jobs_of([*taken, *await self._runs(wanted, most=most)][:most])
+            # Those whose end was cut off are not scheduled any more. Also where nobody waits for too long: they may
+            # have been taken out to be stopped.
+            found = [run for run in await self._runs(_in_states([StateType.PENDING], tag)) if is_taken_out(run.state)]
+            if block.offer.max_wait:
+                wanted = _in_states(_WAITING, tag)
+                wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
+                    before_=datetime.now(UTC) - timedelta(seconds=block.offer.max_wait)
+                )
+                found.extend(await self._runs(wanted, most=most))
+            jobs = await self._jobs_of(found[:most])
         return [job for job in jobs if job.status is Status.EXPIRED_IN_QUEUE]
 
     async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:

@@ -109,8 +109,8 @@ SECOND_LOOK_SECONDS: Final = 0.3
 RECONCILE_SECONDS: Final = 5.0
 """Between two looks at the runs of the pool."""
 
-FOLDERS_EVERY: Final = 12
-"""Looks at the runs between two looks at the folders of jobs."""
+UPKEEP_EVERY: Final = 4
+"""Looks at the runs between two looks at the folders of jobs, and at what was left half done."""
 
 HAND_BACK_SECONDS: Final = 5.0
 """For telling Prefect of a run that is handed back; if it cannot be told, the next worker of this name finds out."""
@@ -818,10 +818,16 @@ class WarmProcessWorker(ProcessWorker):
 
     async def _reconcile(self) -> None:
         """Look after what was lost, until the worker is torn down."""
-        from flows.reconcile import Reconciler  # noqa: PLC0415 - nothing for a fork server
+        # Nothing for a fork server.
+        from flows.compute import key_file  # noqa: PLC0415
+        from flows.errors import NotReady  # noqa: PLC0415
+        from flows.prefect_jobs import PrefectJobs  # noqa: PLC0415
+        from flows.reconcile import Reconciler  # noqa: PLC0415
+        from flows.sealing import Seal  # noqa: PLC0415
 
         reconciler = Reconciler(
             client=self.client,
+            jobs=lambda: PrefectJobs(self.client, Seal.from_file(key_file()), local_workers=True),
             work_pool=self._work_pool_name,
             worker=self.name,
             live=lambda: self._submitting_flow_run_ids | {attempt.run_id for attempt in self._attempts},
@@ -835,12 +841,13 @@ class WarmProcessWorker(ProcessWorker):
                 with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
                     if await reconciler.runs():
                         self._wanted.set()
-                    if n % FOLDERS_EVERY == 0:
+                    if n % UPKEEP_EVERY == 0:
+                        await reconciler.upkeep()
                         await reconciler.folders()
             except Exception as problem:
                 # Whatever it is, the next round may go well, and nobody else would do this.
                 self._logger.log(
-                    logging.DEBUG if isinstance(problem, httpx.HTTPError) else logging.ERROR,
+                    logging.DEBUG if isinstance(problem, httpx.HTTPError | NotReady) else logging.ERROR,
                     "what is lost could not be looked for: %r",
                     problem,
                 )
