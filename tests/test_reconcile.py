@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -79,6 +80,7 @@ class World:
     live: set[UUID] = field(default_factory=set)
     stopped: list[UUID] = field(default_factory=list)
     left: list[UUID] = field(default_factory=list)
+    claimed: list[UUID] = field(default_factory=list)
 
     def reconciler(self, **other: Any) -> Reconciler:
         async def stop(run_id: UUID) -> None:
@@ -102,6 +104,7 @@ class World:
         """A job that a worker has claimed, and of which a process runs then."""
         job = await self.jobs.submit(document(environment=ENVIRONMENT))
         run_id = UUID(job.id)
+        self.claimed.append(run_id)
         await self.client.set_flow_run_state(run_id, claimed(by))
         if running:
             await self.client.update_flow_run_labels(run_id, {"prefect.worker.name": by})
@@ -119,7 +122,12 @@ async def world(prefect_server: PrefectServer) -> AsyncIterator[World]:
     create_key_file(prefect_server.key_file)
     with temporary_settings({PREFECT_API_URL: prefect_server.api}):
         async with get_client() as client:
-            yield World(client, PrefectJobs(client, Seal.from_file(prefect_server.key_file)))
+            opened = World(client, PrefectJobs(client, Seal.from_file(prefect_server.key_file)))
+            yield opened
+            # They would stand before those of other tests.
+            for run_id in opened.claimed:
+                with suppress(ObjectNotFound):
+                    await client.delete_flow_run(run_id)
 
 
 @pytest.mark.server
@@ -180,10 +188,15 @@ async def test_another_workers_runs_are_left_alone_while_it_reports(world: World
     of_the_dead = await world.claim(by=(dead := f"dead {uuid4()}"))
     reconciler = world.reconciler()
     await world.client.send_worker_heartbeat(POOL, OTHER)
-    assert not {run_id, of_the_dead} & set(await reconciler.runs())
-    assert [dead] == list(reconciler._silent_since)
-    reconciler._silent_since[dead] -= PEER_SECONDS
-    assert of_the_dead in await reconciler.runs()
+    try:
+        assert not {run_id, of_the_dead} & set(await reconciler.runs())
+        assert [dead] == list(reconciler._silent_since)
+        reconciler._silent_since[dead] -= PEER_SECONDS
+        assert of_the_dead in await reconciler.runs()
+    finally:
+        # To other tests nobody serves this pool.
+        path = {"work_pool_name": POOL, "name": OTHER}
+        await world.client.request("DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params=path)
     assert "AwaitingRetry" == (await world.state(of_the_dead)).name
     assert StateType.RUNNING is (await world.state(run_id)).type
 
@@ -203,6 +216,7 @@ async def test_a_claim_that_does_not_say_whose_it_is(world: World) -> None:
     """A stock worker's, or an earlier version's. It has time to become a run."""
     job = await world.jobs.submit(document(environment=ENVIRONMENT))
     run_id = UUID(job.id)
+    world.claimed.append(run_id)
     await world.client.set_flow_run_state(run_id, Pending())
     run = await world.client.read_flow_run(run_id)
     assert worker_of(run) is None
