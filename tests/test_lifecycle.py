@@ -262,28 +262,23 @@ def test_a_job_is_stopped_and_deleted_in_every_status(holding: Holding, n: int, 
     began = time.monotonic()
     stopped = owner.told(dialect, "PUT", to_stop)
     seconds = time.monotonic() - began
-    print(f"STOP {name} {dialect} {seconds:.2f}")
     assert (7, "Job stopped") == (stopped["status"], stopped["statusText"])
     assert seconds < PROMISED
 
-    began = time.monotonic()
     deleted = owner.told(other, "DELETE", to_delete)
-    print(f"DELETE {name} {other} {time.monotonic() - began:.2f}")
     assert (8, "Job deleted successfully") == (deleted["status"], deleted["statusText"])
     assert [] == processes(holding.marker)
 
     again = owner.told(third, "PUT", to_stop)
     assert (7, stopped["dateFinished"]) == (again["status"], again["dateFinished"])
-    began = time.monotonic()
     assert 8 == owner.told(third, "DELETE", to_stop)["status"]
-    print(f"DELETE stopped {name} {other} {time.monotonic() - began:.2f}")
     for job_id in (to_stop, to_delete):
         assert all(owner.is_unknown(each, method, job_id) for each in DIALECTS for method in ("GET", "PUT", "DELETE"))
     assert house.nothing_of(to_stop, to_delete)
     assert before == house.on_disk()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6])
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.4, 0.6, 0.8, 1.1])
 def test_a_stop_that_comes_while_a_job_is_being_begun(holding: Holding, seconds: float) -> None:
     """Taken by a worker, forked, about to fetch or to run: it is stopped, and nothing of it goes on."""
     job_id = holding.submit(rawcode=STUBBORN.format(marker=holding.marker))
@@ -291,7 +286,6 @@ def test_a_stop_that_comes_while_a_job_is_being_begun(holding: Holding, seconds:
     began = time.monotonic()
     stopped = holding.owner.told(DIALECTS[int(seconds * 10) % 3], "PUT", job_id)
     took = time.monotonic() - began
-    print(f"STOP after {seconds} {took:.2f}", stopped["status"], holding.consumer.job(job_id)["history"])
     assert 7 == stopped["status"], stopped
     assert took < PROMISED
     assert [] == processes(holding.marker)
