@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from chaos.jobs import GRACE, LINE_DELAY, NARROW, Broken, Job, Judge, Records
 from chaos.parts import OPERATOR, Stand, ended
-from chaos.plan import STATUSES, Kill, Part, Shape
+from chaos.plan import STATUSES, Kill, Part, Shape, applies
 from chaos.table import Failure, Tally
 from flows.status import Status
 
@@ -29,7 +31,9 @@ UP: Final = 120.0
 HEALED: Final = 60.0
 """Seconds since everything is up again until every job has to have ended."""
 SETTLING: Final = 0.25
-"""Seconds that the statuses last of which nobody can say how long they do."""
+"""Seconds that the filter has at least, of which nobody can say how long it takes."""
+FEW: Final = 0.05
+"""The same of the time between two steps."""
 
 _ASKS: Final = (Part.API, Part.SERVER, Part.DATABASE, Part.ALL)
 """Parts without which a submission fails: of these kills, one job is submitted while they are dead."""
@@ -75,53 +79,62 @@ class Driver:
         gave_up = len(self.stand.gave_up)
         self.stand.line.delay = 0.0
         jobs = [Job.of(shape, self.stand) for shape in kill.others]
-        target = Job.of(kill.target, self.stand, NARROW if kill.status is Status.WARMING_UP else None)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._submit, jobs))
         if kill.status is Status.WARMING_UP:
             # Whoever has the only slot while the target waits.
-            ahead = Shape(Status.RUNNING, 1.0 + kill.target.seconds, 1, kill.target.number)
-            jobs.append(Job.of(ahead, self.stand, NARROW))
+            ahead = Job.of(Shape(Status.RUNNING, 2.0 + kill.target.seconds, 1, kill.target.number), self.stand, NARROW)
+            self._submit(ahead)
+            self._until(lambda: bool(ahead.algorithm()))
+            jobs.append(ahead)
+        target = Job.of(kill.target, self.stand, NARROW if kill.status is Status.WARMING_UP else None)
+        self._submit(target)
         jobs.append(target)
-        for job in jobs:
-            job.submit(self.stand.service.api_url)
-            self._jobs[job.id] = job
         self.stand.line.delay = LINE_DELAY
-        witnessed = self._reach(kill, target, jobs)
+        submitted = time.monotonic()
+        pid = self._pid(target) if kill.part is Part.FLOW else None
+        witnessed = self._reach(kill, target)
+        reached = time.monotonic()
         late = Job.of(kill.others[0], self.stand)
         submitting = threading.Thread(target=self._submit, args=(late,))
         if kill.part in _ASKS:
             submitting.start()
-        pid = self._pid(target) if kill.part is Part.FLOW else None
-        at = self.stand.kill(kill.part, flow=pid, algorithm=target.algorithm())
-        if at is None:
-            self.tally.missed += 1
+            jobs.append(late)
+        algorithm = target.algorithm() if kill.part is Part.ALGORITHM else []
+        at = self.stand.kill(kill.part, flow=pid, algorithm=algorithm)
         target.killed = at is not None and kill.part is Part.ALGORITHM
         self.stand.heal(kill.part)
         up = self._until_up(kill)
+        self.stand.line.delay = 0.0
         if kill.part in _ASKS:
             submitting.join()
-            jobs.append(late)
+        overdue = {job.token: list(self._until_ended(job, up)) for job in jobs}
+        over = time.monotonic()
         broken: list[tuple[Job | None, Broken]] = []
         for job in jobs:
-            broken += [(job, problem) for problem in self._outcome(job, up)]
+            broken += [(job, problem) for problem in overdue[job.token] or self._outcome(job)]
         broken += [(None, problem) for problem in self._left()]
         broken += [(None, Broken("the service keeps itself up", problem)) for problem in self.stand.gave_up[gave_up:]]
         self.tally.jobs += len(jobs)
-        status = kill.status
-        if at is not None:
-            with suppress(httpx.HTTPError):
-                # What was about to be recorded when it was killed is lost at times, but was seen.
-                status = max(witnessed, self._judge.records.of(target).status_at(at))
-            failures = [Failure(str(kill), str(job or ""), one.expected, one.seen) for job, one in broken]
-            self.tally.count(status if status in STATUSES else kill.status, kill.part, failures)
-            for failure in failures:
-                self.say(f"{failure.kill}: {failure.job}: expected {failure.expected}, seen {failure.seen}")
+        failures = [Failure(str(kill), str(job or ""), one.expected, one.seen) for job, one in broken]
+        # What was about to be recorded when it was killed is lost at times, but was seen.
+        records = {job: self._judge.records.of(job) for job in jobs if job.id and not job.given_up}
+        then = records[target].status_at(at) if at is not None and target in records else Status.WARMING_UP
+        status = max(witnessed, then)
+        if at is not None and status in STATUSES and applies(status, kill.part):
+            self.tally.count(status, kill.part, failures)
+        else:
+            self.tally.miss(failures)
+        for failure in failures:
+            self.say(f"{failure.kill}: {failure.job}: expected {failure.expected}, seen {failure.seen}")
+        times = (began, submitted, reached, up, over, time.monotonic())
         self._log(
             kill=str(kill),
             at=at,
             status=int(status),
-            up_after=round(up - began, 1),
-            seconds=round(time.monotonic() - began, 1),
-            jobs=[str(job) for job in jobs],
+            # To submit, to reach the status, to be up again, to end, to be looked at.
+            seconds=[round(to - since, 1) for since, to in pairwise(times)],
+            jobs={str(job): record.way for job, record in records.items()},
             broken=[f"{job}: {one}" for job, one in broken],
         )
 
@@ -130,7 +143,7 @@ class Driver:
             job.submit(self.stand.service.api_url)
             self._jobs[job.id] = job
 
-    def _reach(self, kill: Kill, target: Job, jobs: Sequence[Job]) -> Status:
+    def _reach(self, kill: Kill, target: Job) -> Status:
         """
         Wait until *target* is as far into its status as *kill* wants it.
 
@@ -154,19 +167,23 @@ class Driver:
         def filtered() -> bool:
             return (folder / "0" / "filtering.log").exists()
 
+        def provisioned() -> bool:
+            # What a step returned is kept there; the next begins by writing that log.
+            kept = len(list((folder / "steps").glob("*"))) if (folder / "steps").is_dir() else 0
+            return kept >= 2 or (folder / "0" / "configuration.log").exists()
+
         seconds = kill.target.seconds
         match kill.status:
             case Status.WARMING_UP:
-                self._until(lambda: any(job.algorithm() for job in jobs if job.environment == NARROW))
+                pass
             case Status.STARTED:
                 self._until(begun)
+                seconds = 4 * LINE_DELAY
             case Status.CONFIGURING:
                 self._until(fetched)
             case Status.PROVISIONED:
-                self._until(fetched)
-                # Its answer is on its way from here on.
-                time.sleep(seconds)
-                seconds = SETTLING
+                self._until(provisioned)
+                seconds = FEW
             case Status.RUNNING:
                 self._until(runs)
             case Status.FILTERING:
@@ -180,11 +197,11 @@ class Driver:
 
     def _pid(self, job: Job) -> int | None:
         """The process of its flow; the worker tells its number a moment after it has started it."""
-        deadline = time.monotonic() + 3.0
+        deadline = time.monotonic() + REACH
         while time.monotonic() < deadline:
-            told = self._judge.records.run(job).infrastructure_pid
-            number = (told or "").rpartition(":")[2]
-            if number.isdecimal() and psutil.pid_exists(int(number)):
+            run = self._judge.records.run(job)
+            number = (run.infrastructure_pid or "").rpartition(":")[2]
+            if run.state is not None and run.state.is_running() and number.isdecimal():
                 return int(number)
             time.sleep(0.02)
         return None
@@ -203,8 +220,7 @@ class Driver:
     def _parts(self) -> dict[str, bool]:
         return {part.name: part.alive for part in list(self.stand.service.parts)}
 
-    def _outcome(self, job: Job, up: float) -> Iterator[Broken]:
-        """What was promised to *job* and not kept."""
+    def _until_ended(self, job: Job, up: float) -> Iterator[Broken]:
         if not job.id:
             yield Broken("a job is taken in once everything is up", "it was not")
             return
@@ -214,6 +230,9 @@ class Driver:
                 self._give_up(job)
                 return
             time.sleep(0.2)
+
+    def _outcome(self, job: Job) -> Iterator[Broken]:
+        """What was promised to *job*, which has ended, and not kept."""
         yield from self._judge.of_ended(job)
         self._published[job.id] = self._judge.published(job)
 
@@ -260,7 +279,7 @@ class Driver:
         """Until it holds, or so long that the kill comes whenever it comes."""
         deadline = time.monotonic() + REACH
         while not holds() and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     def _log(self, **facts: Any) -> None:
         with Path(self.stand.folder / "kills.jsonl").open("a", encoding="utf-8") as log:

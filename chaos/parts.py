@@ -49,7 +49,11 @@ def kill(processes: Iterable[psutil.Process]) -> int:
 
 
 def processes_with(word: bytes, *, named: str = "cmdline") -> list[psutil.Process]:
-    """Every process but this one with *word* in its command line or, with *named* ``environ``, its environment."""
+    """
+    Every process but this one with *word* in its command line or, with *named* ``environ``, its environment.
+
+    None that has ended and is still to be waited for: such a one has neither.
+    """
     found = []
     for process in psutil.process_iter():
         with suppress(OSError, psutil.Error):
@@ -59,11 +63,19 @@ def processes_with(word: bytes, *, named: str = "cmdline") -> list[psutil.Proces
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all that it has started; empty if it is gone."""
+    """A process and all that it has started, as far as they have not ended."""
     with suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
+        return [process for process in (top, *top.children(recursive=True)) if not has_ended(process)]
     return []
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also if nobody has asked for its exit code yet. Not by waiting: that takes the code from whoever started it."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def is_held(lock: Path) -> bool:
@@ -354,9 +366,10 @@ class Stand:
                     self.database.kill()
                     return at
                 case Part.ALL:
+                    # Again until there is none: one that is about to be killed may start another.
                     while dying := [*(self.database.processes() if self.database else ()), *self.processes()]:
                         kill(dying)
-                        psutil.wait_procs(dying, timeout=1.0)
+                        time.sleep(0.01)
                     # As on a machine that comes up again, where the database is not ours to start.
                     if self.database is not None:
                         self.database.kill()
@@ -382,11 +395,13 @@ class Stand:
         return False
 
 
-def ended(processes: list[psutil.Process], seconds: float) -> list[str]:
+def ended(processes: Iterable[psutil.Process], seconds: float) -> list[str]:
     """What of *processes* is still there after *seconds*, in words."""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if not has_ended(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     words = []
-    for process in psutil.wait_procs(processes, timeout=seconds)[1]:
+    for process in left:
         with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                words.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
+            words.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
     return words

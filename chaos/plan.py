@@ -122,7 +122,7 @@ def _without_end(chance: random.Random, parts: tuple[Part, ...]) -> Iterator[Kil
 def _shape(chance: random.Random, status: Status) -> Shape:
     return Shape(
         status,
-        seconds=round(chance.uniform(1.0, 3.0), 3),
+        seconds=round(chance.uniform(0.8, 2.0), 3),
         stages=chance.choice((1, 1, 2)),
         number=chance.randrange(10**9),
     )

@@ -38,12 +38,16 @@ class Tally:
     failed: Counter[tuple[Status, Part]] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     missed: int = 0
-    """Kills that were planned and not done, since there was nothing to be killed any more."""
+    """Kills that stand in no cell: there was nothing to be killed any more, or the target had just ended."""
     jobs: int = 0
 
     def count(self, status: Status, part: Part, failures: Sequence[Failure]) -> None:
         self.runs[status, part] += 1
         self.failed[status, part] += bool(failures)
+        self.failures.extend(failures)
+
+    def miss(self, failures: Sequence[Failure]) -> None:
+        self.missed += 1
         self.failures.extend(failures)
 
     @property
