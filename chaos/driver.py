@@ -110,15 +110,17 @@ class Driver:
             submitting.join()
         overdue = {job.token: list(self._until_ended(job, up)) for job in jobs}
         over = time.monotonic()
+        records = {job: self._judge.records.of(job) for job in jobs if job.id}
         broken: list[tuple[Job | None, Broken]] = []
         for job in jobs:
             broken += [(job, problem) for problem in overdue[job.token] or self._outcome(job)]
+            if job.given_up:
+                self._give_up(job)
         broken += [(None, problem) for problem in self._left()]
         broken += [(None, Broken("the service keeps itself up", problem)) for problem in self.stand.gave_up[gave_up:]]
         self.tally.jobs += len(jobs)
         failures = [Failure(str(kill), str(job or ""), one.expected, one.seen) for job, one in broken]
         # What was about to be recorded when it was killed is lost at times, but was seen.
-        records = {job: self._judge.records.of(job) for job in jobs if job.id and not job.given_up}
         then = records[target].status_at(at) if at is not None and target in records else Status.WARMING_UP
         status = max(witnessed, then)
         if at is not None and status in STATUSES and applies(status, kill.part):
@@ -227,7 +229,7 @@ class Driver:
         while not self._ended(job):
             if time.monotonic() > up + HEALED:
                 yield self._judge.of_live(job)
-                self._give_up(job)
+                job.given_up = True
                 return
             time.sleep(0.2)
 
@@ -241,7 +243,7 @@ class Driver:
         return state is not None and state.is_final()
 
     def _give_up(self, job: Job) -> None:
-        job.given_up = True
+        """Delete it."""
         with suppress(httpx.HTTPError):
             url = f"{self.stand.service.api_url}{OPERATOR}/compute"
             httpx.delete(url, params={"jobId": job.id}, timeout=60.0)

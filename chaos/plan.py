@@ -90,16 +90,13 @@ def kills(count: int, seed: int, parts: tuple[Part, ...] = tuple(Part)) -> list[
 
 
 def one_of_each(seed: int, parts: tuple[Part, ...] = tuple(Part)) -> list[Kill]:
-    """One kill of every part, in seven different statuses as far as they apply."""
-    chosen: dict[Part, Kill] = {}
-    hit: set[Status] = set()
-    for kill in kills(200, seed, parts):
-        if kill.part not in chosen and kill.status not in hit:
-            chosen[kill.part] = kill
-            hit.add(kill.status)
-    for kill in kills(200, seed, parts):
-        chosen.setdefault(kill.part, kill)
-    return [replace(kill, number=number) for number, kill in enumerate(chosen.values(), 1)]
+    """One kill of every part, each in another status."""
+    chance = random.Random(seed)
+    statuses = list(STATUSES)
+    while not all(map(applies, statuses, parts)):
+        chance.shuffle(statuses)
+    once = {(kill.status, kill.part): kill for kill in reversed(kills(len(STATUSES) * len(parts), seed, parts))}
+    return [replace(once[cell], number=number) for number, cell in enumerate(zip(statuses, parts, strict=False), 1)]
 
 
 def _without_end(chance: random.Random, parts: tuple[Part, ...]) -> Iterator[Kill]:
