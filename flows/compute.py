@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, cast
 
-from prefect import flow, get_client
-from prefect.client.schemas.objects import State
+from prefect import Flow, flow, get_client
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -45,7 +45,20 @@ def key_file() -> Path:
 _TASK_RUNNER: Final = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_THREADS))
 
 
-@flow(name=FLOW_NAME, task_runner=_TASK_RUNNER, persist_result=False)
+def _tidy(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """
+    What has been published is in the store; data that must not leave must not lie about either.
+
+    Not before the end is recorded: a job that is cut off in between would do all of it again, and publish twice. If
+    this is cut off, the worker makes up for it (``flows.reconcile``).
+    """
+    with get_client(sync_client=True) as client:
+        environments = load_environments_sync(client)
+    for name in flow_run.parameters["summary"]["environments"]:
+        remove_job(environments[name].workspace_root(), flow_run.id.hex)
+
+
+@flow(name=FLOW_NAME, task_runner=_TASK_RUNNER, persist_result=False, on_completion=[_tidy])
 def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) -> State[Any]:
     """
     Run one job to its end.
@@ -88,10 +101,6 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
         for root, block in blocks.items():
             stack.enter_context(held(root, job_id, block.offer.storage_expiry, waits=_tell_of_waiting))
         result = _go_on(plan, job_id, environments, seal)
-        if result.status is Status.COMPLETED:
-            # What has been published is in the store; data that must not leave must not lie about either.
-            for root in blocks:
-                remove_job(root, job_id)
     return ended_state(result.status, result.message)
 
 
