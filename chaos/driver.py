@@ -265,16 +265,15 @@ class Driver:
     # ---- at the end
 
     def _compare(self) -> None:
-        """Nothing that was once published has changed since; folders are there of jobs that failed, and no others."""
+        """Nothing that was once published has changed since; no folder is there of a job that completed, or of none."""
         broken = []
         for id, published in self._published.items():
             if (now := self._judge.published(self._jobs[id])) != published:
                 broken.append(Failure("at the end", id, f"the results it had: {published}", now))
         kept = {path.name for path in self.stand.workspace.iterdir()} if self.stand.workspace.is_dir() else set()
-        failed = {id for id, job in self._jobs.items() if job.killed}
-        given_up = {id for id, job in self._jobs.items() if job.given_up}
-        if kept - given_up != failed - given_up:
-            broken.append(Failure("at the end", "", f"folders of {sorted(failed)}", f"{sorted(kept)}"))
+        done = {id for id, job in self._jobs.items() if not job.given_up and self._judge.completed(job)}
+        if orphans := kept & done | kept - self._jobs.keys():
+            broken.append(Failure("at the end", "", "folders of jobs that failed, and no others", f"{sorted(orphans)}"))
         self.tally.failures.extend(broken)
 
     def _until(self, holds: Callable[[], bool]) -> None:

@@ -251,6 +251,10 @@ class Judge:
     def folder(self, job: Job) -> Path:
         return self.stand.workspace / job.id
 
+    def completed(self, job: Job) -> bool:
+        state = self.records.run(job).state
+        return state is not None and state.is_completed()
+
     def behind(self, job: Job) -> bool:
         """Whether somebody works on *job* at this moment."""
         return bool(job.algorithm()) or is_held(self.folder(job) / "lock")
@@ -277,8 +281,9 @@ class Judge:
             yield Broken("no process of an ended job", "; ".join(left))
         if is_held(self.folder(job) / "lock"):
             yield Broken("nobody works on an ended job", "its folder is held")
-        if self.folder(job).exists() == (told["status"] == Status.COMPLETED):
-            yield Broken("a folder of a job that failed, and of no other", f"{self.folder(job)} in {told['status']}")
+        # Where one is left of a job that failed, it is there for a restart.
+        if told["status"] == Status.COMPLETED and self.folder(job).exists():
+            yield Broken("no folder of a job that completed", f"{self.folder(job)}")
 
     def _results(self, job: Job, told: dict[str, Any]) -> Iterator[Broken]:
         store = self.store(job)
