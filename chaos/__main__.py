@@ -84,7 +84,7 @@ def main(
                 write()
 
             planned = (kill for kill in plan.kills(kills, seed, parts) if time.monotonic() - began < 60 * minutes)
-            Driver(stand, tally, lambda line: console.print(line, style="red", markup=False)).run(planned, done)
+            Driver(stand, tally, lambda line: console.print(line, markup=False, highlight=False)).run(planned, done)
     except (KeyboardInterrupt, NotUp, CannotStart, NoDatabase) as fault:
         problem = fault
     console.print(table.shown(tally))

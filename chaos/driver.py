@@ -127,9 +127,10 @@ class Driver:
             self.tally.count(status, kill.part, failures)
         else:
             self.tally.miss(failures)
-        for failure in failures:
-            self.say(f"{failure.kill}: {failure.job}: expected {failure.expected}, seen {failure.seen}")
         times = (began, submitted, reached, up, over, time.monotonic())
+        self.say(f"{kill}: hit in {int(status)}, {len(failures)} failures, {times[-1] - began:.0f} s")
+        for failure in failures:
+            self.say(f"  {failure.job}: expected {failure.expected}, seen {failure.seen}")
         self._log(
             kill=str(kill),
             at=at,
