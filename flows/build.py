@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
@@ -50,6 +53,7 @@ from tasks.provision import (
     write_parameters,
 )
 from tasks.results import FilterReport, PublishFailed, filter_outputs, publish_outputs
+from tasks.stopping import Stopped
 from tasks.workspace import Workspace, stage_workspace, steps_folder
 
 
@@ -95,7 +99,10 @@ def _step(function: Callable[P, Any]) -> Task[P, Any]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-        outcome = function(*args, **kwargs)
+        try:
+            outcome = function(*args, **kwargs)
+        except Stopped:
+            outcome = _stopped()
         transaction = get_transaction()
         if transaction is not None and not _succeeded(outcome):
             # Whatever is returned here would be found again: to Prefect, a task that returns has a result.
@@ -139,11 +146,13 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
                 stop=site.stop,
             )
     except InputUnreachable as problem:
+        if site.stop.is_set():
+            return _stopped()
         return Failed(name="Input unreachable", message=str(problem))
     for planned in stage.inputs:
         if planned.stage is not None:
             into = workspace.inputs / folder_name(planned.id)
-            fetched += link_stage_outputs(site.upstream[planned.stage].outputs, into)
+            fetched += link_stage_outputs(site.upstream[planned.stage].outputs, into, stop=site.stop)
     write_parameters(stage.custom_data, ddos, workspace)
     _inputs_table(stage.index, fetched)
     return Completed(message=f"{len(fetched)} files, {sum(file.size for file in fetched)} bytes", data=fetched)
@@ -168,6 +177,8 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
             stop=site.stop,
         )
     except AlgorithmUnreachable as problem:
+        if site.stop.is_set():
+            return _stopped()
         return Failed(name="Algorithm unreachable", message=str(problem))
     return Completed(message=f"{fetched.size} bytes", data=fetched)
 
@@ -208,7 +219,7 @@ def filter_results(site: Site, report: ExitReport) -> Any:
     if not isinstance(report, ExitReport) or site.stop.is_set():
         return _skipped()
     workspace, limits = site.workspace, site.environment.offer.filter
-    verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits)
+    verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits, stop=site.stop)
     workspace.filtering_log.write_text(str(verdict))
     create_markdown_artifact(
         key=f"filter-{site.stage.index}",
@@ -242,6 +253,7 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
             },
             publish_output=stage.publish_output and result.ok,
             publish_algorithm_log=stage.publish_algorithm_log,
+            stop=site.stop,
         )
     except PublishFailed as problem:
         if result.ok:
@@ -287,6 +299,11 @@ def _skipped() -> State[None]:
     return Completed(name=SKIPPED, message="a step before this one failed, or the job was stopped")
 
 
+def _stopped() -> State[None]:
+    """The end of a step that was cut off by a stop. Completed for the reason that ``_skipped`` is."""
+    return Completed(name="Stopped", message="the job was stopped")
+
+
 TASK_FOR: Final[Mapping[Phase, Task[..., Any]]] = {
     Phase.DATA: provision_data,
     Phase.ALGORITHM: provision_algorithm,
@@ -301,6 +318,12 @@ _EXPECTED: Final = {
     "Upload failed": Status.UPLOAD_FAILED,
 }
 """Names of the states a step fails with for a reason the consumer is told. Any other failure is a bug."""
+
+STOP_SECONDS: Final = 2.5
+"""
+Seconds from the signal that stops a job until its process is gone, whatever its steps are at. With what Prefect needs
+before and after it, a stop is to be answered within five.
+"""
 
 SHOWN: Final = 100
 """Rows of an artifact: for people. All of them are in the job's logs."""
@@ -360,10 +383,12 @@ def run_plan(
             )
         for future in futures.values():
             future.wait()
-    except BaseException:
+    except BaseException as problem:
         # A stop arrives here, as what SIGTERM raises. Prefect then waits for the threads of the tasks, so those
         # have to end.
         stop.set()
+        if isinstance(problem, TerminationSignal):
+            _end_process_after(STOP_SECONDS)
         # So do we, because whoever called us tidies up what they leave: a result that is remembered after that would
         # have no files. A thread that does not end is ended with the process, and then the next try tidies up.
         for future in futures.values():
@@ -371,6 +396,25 @@ def run_plan(
         raise
     results = [_stage_result(stage, futures) for stage in plan.stages]
     return next((result for result in results if result is not None and not result.ok), StageResult(Status.COMPLETED))
+
+
+def _end_process_after(seconds: float) -> None:
+    """
+    End this process, and what it has started to tidy up, if it is not gone by then.
+
+    A step may be inside a library that nothing interrupts: a store that does not answer, a name look-up. By a kill,
+    because the end of an interpreter waits for its threads as well; algorithms have their own sessions and end with
+    us. All that is left undone is what the next try of the job looks at first, as after a crash.
+    """
+
+    def end() -> None:
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(128 + signal.SIGTERM)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _constantly(key: str) -> Callable[[TaskRunContext, dict[str, Any]], str]:

@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from blocks.environment import ComputeEnvironment, load_environments_sync, state_folder
@@ -22,7 +23,7 @@ from flows.errors import InvalidWorkflow
 from flows.jobs import waited_too_long
 from flows.plan import Plan, compile_plan
 from flows.sealing import Seal
-from flows.states import ended_state, waited
+from flows.states import STOPPED_IN_QUEUE, ended_state, stopped_before_it_began, waited
 from flows.status import Phase, Status
 from flows.steps import settle, step_keys
 from flows.workflow import parse_workflow
@@ -77,7 +78,10 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     job_id = str(flow_run.id).replace("-", "")
     with get_client(sync_client=True) as client:
         environments = load_environments_sync(client)
-        seconds = waited(client.read_flow_run_states(flow_run.id))
+        states = client.read_flow_run_states(flow_run.id)
+    if stopped_before_it_began(states):
+        # To Prefect a run that is cancelled may begin, which is what a worker does with one that it had taken before.
+        return Cancelled(message=STOPPED_IN_QUEUE)
     if stored_in is not None:
         sealed = environments[stored_in].documents().read_bytes(sealed, DOCUMENT).decode("ascii")
     seal = Seal.from_file(key_file())
@@ -88,7 +92,7 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
         # It was valid when it was taken in, so an environment has changed since.
         return ended_state(Status.RUN_FAILED, f"refused: the environment has changed: {refusal}")
     offer = environments[plan.stages[0].environment].offer
-    if 0 < offer.max_wait < seconds:
+    if 0 < offer.max_wait < waited(states):
         # A worker that was away for long may come before anyone has looked at the job.
         return ended_state(Status.EXPIRED_IN_QUEUE, waited_too_long(offer))
     get_run_logger().info("plan\n%s", plan)
@@ -113,9 +117,13 @@ def _go_on(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment],
         get_run_logger().info("%d of %d steps had finished before", len(done), len(plan.steps))
         _retract_unfinished(plan, job_id, environments, done)
     try:
-        return run_plan(plan, job_id, environments, seal.fingerprint)
-    finally:
-        settle(plan, job_id, keys, environments)
+        result = run_plan(plan, job_id, environments, seal.fingerprint)
+    except BaseException:
+        # Logs that have not been published are all there is to tell what an algorithm was at when it was stopped.
+        settle(plan, job_id, keys, environments, logs=True)
+        raise
+    settle(plan, job_id, keys, environments)
+    return result
 
 
 def _published(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment]) -> set[int] | None:

@@ -45,6 +45,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Pending
 
 from blocks.environment import load_environments
+from flows.prefect_jobs import PrefectJobs
+from flows.states import is_taken_out
 from tasks.workspace import discard, job_ids
 
 LOST: Final = "nobody ran it any more"
@@ -150,12 +152,14 @@ class Reconciler:
     Compares the runs of one work pool with what one worker runs. To be called by that worker alone.
 
     Args:
+        jobs: Opened when they are needed: that takes the service's key.
         live: The runs that this worker runs or is about to, at the moment of the call.
         stop: End a run of this worker that is being stopped. It may be on its way already.
         leave: End a run of this worker that another has taken up, and say nothing about it.
     """
 
     client: PrefectClient
+    jobs: Callable[[], PrefectJobs]
     work_pool: str
     worker: str
     live: Callable[[], Collection[UUID]]
@@ -167,7 +171,8 @@ class Reconciler:
     async def runs(self) -> list[UUID]:
         """One round over the runs. Returns those that were taken up."""
         before = set(self.live())
-        found = await self._in_progress()
+        # Those that were taken out of the queue to be ended are no worker's: see ``upkeep``.
+        found = [run for run in await self._in_progress() if not is_taken_out(run.state)]
         peers = {name for run in found if (name := worker_of(run)) not in (None, self.worker) and name is not None}
         offline = await self._offline(peers)
         taken: list[UUID] = []
@@ -181,6 +186,19 @@ class Reconciler:
                     taken.append(run.id)
                     self.logger.warning("flow run %s was lost by %s: now %s", run.id, worker_of(run), state.name)
         return taken
+
+    async def upkeep(self) -> None:
+        """
+        One round over what an API process may have left half done: jobs taken out of the queue and not ended, deletions
+        that were begun; and over jobs that have waited for too long and that nobody looks at.
+        """
+        blocks = await load_environments(self.client)
+        names = [name for name, block in blocks.items() if block.work_pool == self.work_pool]
+        jobs = self.jobs()
+        for name in names:
+            await jobs.expire_waiting(name)
+        if names:
+            await jobs.finish_deletions(*names)
 
     async def folders(self) -> list[str]:
         """

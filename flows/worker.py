@@ -109,11 +109,14 @@ SECOND_LOOK_SECONDS: Final = 0.3
 RECONCILE_SECONDS: Final = 5.0
 """Between two looks at the runs of the pool."""
 
-FOLDERS_EVERY: Final = 12
-"""Looks at the runs between two looks at the folders of jobs."""
+UPKEEP_EVERY: Final = 4
+"""Looks at the runs between two looks at the folders of jobs, and at what was left half done."""
 
 HAND_BACK_SECONDS: Final = 5.0
 """For telling Prefect of a run that is handed back; if it cannot be told, the next worker of this name finds out."""
+
+EXIT_SECONDS: Final = 5.0
+"""For sending what was logged, at the end of a worker."""
 
 SERVERS: Final = 4
 """Environments that a fork server is kept for; beyond it the one not used for longest goes."""
@@ -589,6 +592,17 @@ async def _hand_back(run_id: UUID) -> None:
             await give_up(client, run_id, HANDED_BACK)
 
 
+def _end_soon() -> None:
+    """
+    End this process, which has been told to, after a while at the latest.
+
+    Nothing is left to do but to send what was logged; Prefect tries that for a minute where the server is away.
+    """
+    timer = threading.Timer(EXIT_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
 @dataclass(eq=False)
 class Attempt:
     """One time that a run is run here, from its claim to the end of its process."""
@@ -706,6 +720,8 @@ class WarmProcessWorker(ProcessWorker):
             with anyio.CancelScope(shield=True):
                 await self._servers.close()
             self._names.close()
+            if isinstance(exc_info[1], asyncio.CancelledError):
+                _end_soon()
 
     # ---- woken
 
@@ -802,10 +818,16 @@ class WarmProcessWorker(ProcessWorker):
 
     async def _reconcile(self) -> None:
         """Look after what was lost, until the worker is torn down."""
-        from flows.reconcile import Reconciler  # noqa: PLC0415 - nothing for a fork server
+        # Nothing for a fork server.
+        from flows.compute import key_file  # noqa: PLC0415
+        from flows.errors import NotReady  # noqa: PLC0415
+        from flows.prefect_jobs import PrefectJobs  # noqa: PLC0415
+        from flows.reconcile import Reconciler  # noqa: PLC0415
+        from flows.sealing import Seal  # noqa: PLC0415
 
         reconciler = Reconciler(
             client=self.client,
+            jobs=lambda: PrefectJobs(self.client, Seal.from_file(key_file()), local_workers=True),
             work_pool=self._work_pool_name,
             worker=self.name,
             live=lambda: self._submitting_flow_run_ids | {attempt.run_id for attempt in self._attempts},
@@ -819,12 +841,13 @@ class WarmProcessWorker(ProcessWorker):
                 with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
                     if await reconciler.runs():
                         self._wanted.set()
-                    if n % FOLDERS_EVERY == 0:
+                    if n % UPKEEP_EVERY == 0:
+                        await reconciler.upkeep()
                         await reconciler.folders()
             except Exception as problem:
                 # Whatever it is, the next round may go well, and nobody else would do this.
                 self._logger.log(
-                    logging.DEBUG if isinstance(problem, httpx.HTTPError) else logging.ERROR,
+                    logging.DEBUG if isinstance(problem, httpx.HTTPError | NotReady) else logging.ERROR,
                     "what is lost could not be looked for: %r",
                     problem,
                 )

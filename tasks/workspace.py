@@ -85,6 +85,10 @@ class Workspace:
         return self.root / "publish.log"
 
     @property
+    def all_logs(self) -> tuple[Path, ...]:
+        return self.logs, self.algorithm_log, self.configuration_log, self.filtering_log, self.publish_log
+
+    @property
     def folders(self) -> Folders:
         """The same tree as a runner wants it."""
         return Folders(

@@ -16,11 +16,12 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Cancelling, Completed, Pending, Running, Scheduled
 
 from blocks.environment import load_environments
-from flows.prefect_jobs import PrefectJobs
+from flows.prefect_jobs import DELETING, PrefectJobs
 from flows.reconcile import (
     CLAIM_SECONDS,
     DIED,
@@ -37,6 +38,7 @@ from flows.reconcile import (
     worker_of,
 )
 from flows.sealing import Seal, create_key_file
+from flows.states import STOPPED_IN_QUEUE, taken_out_of_the_queue
 from tasks.workspace import held
 from tests.conftest import PrefectServer
 from tests.test_jobs_contract import ENVIRONMENT, document
@@ -87,6 +89,7 @@ class World:
 
         return Reconciler(
             client=self.client,
+            jobs=lambda: self.jobs,
             work_pool=POOL,
             worker=ME,
             live=lambda: self.live,
@@ -129,6 +132,20 @@ async def test_what_this_worker_ran_before_is_taken_up(world: World, running: bo
     state = await world.state(lost)
     assert (StateType.SCHEDULED, "AwaitingRetry", LOST) == (state.type, state.name, state.message)
     assert (await world.state(mine)).type in (StateType.PENDING, StateType.RUNNING)
+
+
+@pytest.mark.server
+async def test_what_an_api_process_left_half_done_is_done(world: World) -> None:
+    """A job taken out of the queue to be stopped is stopped, not taken up; a deletion that was begun is finished."""
+    stopped, deleted = [await world.jobs.submit(document(environment=ENVIRONMENT)) for _ in range(2)]
+    await world.client.set_flow_run_state(UUID(stopped.id), taken_out_of_the_queue(STOPPED_IN_QUEUE))
+    await world.client.update_flow_run(UUID(deleted.id), tags=[DELETING, f"environment:{ENVIRONMENT}"])
+    reconciler = world.reconciler()
+    assert UUID(stopped.id) not in await reconciler.runs()
+    await reconciler.upkeep()
+    assert StateType.CANCELLED is (await world.state(UUID(stopped.id))).type
+    with pytest.raises(ObjectNotFound):
+        await world.client.read_flow_run(UUID(deleted.id))
 
 
 @pytest.mark.server
