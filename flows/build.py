@@ -14,6 +14,7 @@ from threading import Event
 from typing import Any, Final, ParamSpec, cast
 from uuid import UUID
 
+import httpx
 from prefect import Task, allow_failure, task
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -24,7 +25,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import PrefectHTTPStatusError, TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
@@ -79,6 +80,8 @@ class Site:
     upstream: Mapping[int, Workspace] = field(default_factory=dict, repr=False)
     secret: str = field(default="", repr=False)
     """The algorithm's variable ``secret``: its own, the same at every try, a secret of the service."""
+    still_ours: Callable[[], bool] = field(default=lambda: True, repr=False)
+    """Asks whether nobody else has this job now."""
     stop: Event = field(default_factory=Event, repr=False)
     """Set when this job is to end at once: nothing new is begun, what runs is ended."""
 
@@ -221,7 +224,8 @@ def filter_results(site: Site, report: ExitReport) -> Any:
     workspace, limits = site.workspace, site.environment.offer.filter
     verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits, stop=site.stop)
     workspace.filtering_log.write_text(str(verdict))
-    create_markdown_artifact(
+    _tell(
+        create_markdown_artifact,
         key=f"filter-{site.stage.index}",
         markdown=f"```\n{_shortened(str(verdict))}\n```",
         description=f"What may leave stage {site.stage.index}",
@@ -254,6 +258,7 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
             publish_output=stage.publish_output and result.ok,
             publish_algorithm_log=stage.publish_algorithm_log,
             stop=site.stop,
+            before_it_shows=lambda: _check_still_ours(site),
         )
     except PublishFailed as problem:
         if result.ok:
@@ -261,12 +266,28 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
         # The reason the job failed for is worth more to the consumer than the log that could not be kept.
         return StageResult(result.status, f"{result.message}; the log could not be published")
     if part.files:
-        create_table_artifact(
+        _tell(
+            create_table_artifact,
             key=f"results-{stage.index}",
             table=[{"path": f.path, "bytes": f.size, "kind": f.kind, "type": f.type} for f in part.files[:SHOWN]],
             description=f"Published by stage {stage.index}: {len(part.files)} files, {SHOWN} of them shown at most",
         )
     return result
+
+
+def _check_still_ours(site: Site) -> None:
+    """
+    A worker that Prefect has not heard of for long is taken for dead, and another takes its jobs up. If it lives all
+    the same, what it has computed is not to be published beside what the other computes, and it is to be silent.
+
+    Raises:
+        Stopped: Somebody else has the job. This process ends then.
+    """
+    if not site.still_ours():
+        get_run_logger().error("this job has been taken up elsewhere; nothing is published from here")
+        site.stop.set()
+        _end_process_after(TOLD_SECONDS)
+        raise Stopped
 
 
 def _judge(report: ExitReport, verdict: FilterReport) -> StageResult:
@@ -319,6 +340,9 @@ _EXPECTED: Final = {
 }
 """Names of the states a step fails with for a reason the consumer is told. Any other failure is a bug."""
 
+TOLD_SECONDS: Final = 1.0
+"""For the log, before a process ends that has lost its job to another."""
+
 STOP_SECONDS: Final = 2.5
 """
 Seconds from the signal that stops a job until its process is gone, whatever its steps are at. With what Prefect needs
@@ -332,13 +356,17 @@ Futures = Mapping[str, PrefectFuture[Any]]
 
 
 def run_plan(
-    plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironment], secret_of: Callable[[bytes], str]
+    plan: Plan,
+    job_id: str,
+    environments: Mapping[str, ComputeEnvironment],
+    secret_of: Callable[[bytes], str],
+    still_ours: Callable[[], bool] = lambda: True,
 ) -> StageResult:
     """
     Run every step of *plan* as a task of the current flow run, each as soon as what it waits for is done.
 
     A step whose result is in the job's folder is not run; ``flows.steps.settle`` leaves only those that hold.
-    *secret_of* makes a text from a name that nobody else can make.
+    *secret_of* makes a text from a name that nobody else can make. *still_ours* is asked before anything is published.
 
     Returns:
         COMPLETED, or the failure of the first stage (in the plan's order) that failed.
@@ -355,6 +383,7 @@ def run_plan(
             site = Site(
                 job_id=job_id,
                 stop=stop,
+                still_ours=still_ours,
                 secret=secret_of(f"{job_id}/{step.stage}".encode()),
                 stage=stage,
                 environment=environments[stage.environment],
@@ -455,6 +484,15 @@ def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
     return result
 
 
+def _tell(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """An artifact for people. That it cannot be made, because the server is away for long, is no reason to fail."""
+    try:
+        return make(*args, **kwargs)
+    except (httpx.HTTPError, PrefectHTTPStatusError):
+        get_run_logger().warning("the server is away; what this step shows is not shown")
+        return None
+
+
 def fetch_key(stage: int) -> str:
     """Key of the artifact that tells how far a stage's inputs are."""
     return f"fetch-{stage}"
@@ -471,17 +509,21 @@ def _progress(key: str, description: str) -> Iterator[Callable[[int, int, int, i
     told: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
     done = threading.Event()
     begun = f"{description}: not begun to arrive"
-    artifact = cast(UUID, create_progress_artifact(progress=0.0, key=key, description=begun))
+    artifact = cast("UUID | None", _tell(create_progress_artifact, progress=0.0, key=key, description=begun))
 
     def report(done_bytes: int, total_bytes: int, done_files: int, files: int) -> None:
         told[0] = (done_bytes, total_bytes, done_files, files)
+
+    def show(percent: float, text: str) -> None:
+        if artifact is not None:
+            _tell(update_progress_artifact, artifact, percent, text)
 
     def update() -> None:
         shown = told[0]
         while not done.wait(1.0):
             if told[0] != shown:
                 shown = told[0]
-                update_progress_artifact(artifact, _percent(*shown), f"{description}: {_amounts(*shown)}")
+                show(_percent(*shown), f"{description}: {_amounts(*shown)}")
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(update,), daemon=True)
     thread.start()
@@ -490,7 +532,7 @@ def _progress(key: str, description: str) -> Iterator[Callable[[int, int, int, i
     finally:
         done.set()
         thread.join()
-    update_progress_artifact(artifact, 100.0, f"{description}: {_amounts(*told[0])}")
+    show(100.0, f"{description}: {_amounts(*told[0])}")
 
 
 def _percent(done_bytes: int, total_bytes: int, done_files: int, files: int) -> float:
@@ -517,7 +559,8 @@ def _inputs_table(stage: int, fetched: Sequence[FetchedFile]) -> None:
     database is open to more people than the job's configuration log, which has them.
     """
     if fetched:
-        create_table_artifact(
+        _tell(
+            create_table_artifact,
             key=f"inputs-{stage}",
             table=[
                 {"input": f.input_id, "n": f.position, "bytes": f.size, "seconds": round(f.seconds, 3)}

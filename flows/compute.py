@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, cast
+from uuid import UUID
 
 from prefect import Flow, flow, get_client
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -117,13 +119,25 @@ def _go_on(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment],
         get_run_logger().info("%d of %d steps had finished before", len(done), len(plan.steps))
         _retract_unfinished(plan, job_id, environments, done)
     try:
-        result = run_plan(plan, job_id, environments, seal.fingerprint)
+        result = run_plan(plan, job_id, environments, seal.fingerprint, _still_ours(flow_run.id, flow_run.run_count))
     except BaseException:
         # Logs that have not been published are all there is to tell what an algorithm was at when it was stopped.
         settle(plan, job_id, keys, environments, logs=True)
         raise
     settle(plan, job_id, keys, environments)
     return result
+
+
+def _still_ours(run_id: str, run_count: int) -> Callable[[], bool]:
+    """Whether the run is still in the try that it is in now."""
+
+    def ask() -> bool:
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(UUID(run_id))
+        live = run.state is not None and run.state.type in (StateType.RUNNING, StateType.CANCELLING)
+        return live and run.run_count == run_count
+
+    return ask
 
 
 def _published(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment]) -> set[int] | None:

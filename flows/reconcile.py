@@ -115,13 +115,15 @@ def pause(resumes: int) -> float:
     return min(2.0 ** (resumes - 1), LONGEST_PAUSE) if resumes else 0.0
 
 
-async def give_up(client: PrefectClient, run_id: UUID, why: str, detail: str = "") -> State[Any] | None:
+async def give_up(
+    client: PrefectClient, run_id: UUID, why: str, detail: str = "", *, worker: str | None = None
+) -> State[Any] | None:
     """
     Put a run whose process is gone where it belongs: a stopped one is stopped, a job goes back into the queue, unless
     that did not help before, and everything else has crashed. A run that has ended stays as it is.
 
     Never by force but for what is being stopped: so a stop that is asked for at this moment is not lost. *why* is LOST,
-    DIED or HANDED_BACK.
+    DIED or HANDED_BACK. If it is another than *worker* that has the run now, it stays as it is, too.
 
     Returns:
         Its new state; None if it keeps the one it has.
@@ -129,6 +131,8 @@ async def give_up(client: PrefectClient, run_id: UUID, why: str, detail: str = "
     with suppress(ObjectNotFound):
         run = await client.read_flow_run(run_id)
         if run.state is None or run.state.type not in _IN_PROGRESS:
+            return None
+        if worker is not None and worker_of(run) not in (None, worker):
             return None
         if run.state.type is StateType.CANCELLING:
             stopped: State[Any] = Cancelled(message=run.state.message or "stopped on request")

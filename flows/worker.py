@@ -481,8 +481,10 @@ class ForkStarter:
         configuration: WarmJobConfiguration,
         cwd: Path,
         control_channel: ControlChannel,
+        worker: str,
     ) -> None:
         self._servers = servers
+        self._worker = worker
         self._configuration = configuration
         self._cwd = cwd
         self._control_channel = control_channel
@@ -512,7 +514,7 @@ class ForkStarter:
                     await run.follow()
                 await self.relinquish(flow_run, run)
                 with anyio.move_on_after(HAND_BACK_SECONDS):
-                    await _hand_back(flow_run.id)
+                    await _hand_back(flow_run.id, self._worker)
             raise
         finally:
             server.release()
@@ -583,13 +585,13 @@ def drain_seconds() -> float:
     return float(os.environ.get("C2D_DRAIN_SECONDS") or 0)
 
 
-async def _hand_back(run_id: UUID) -> None:
+async def _hand_back(run_id: UUID, worker: str) -> None:
     """Put a run of a worker that ends back into the queue; one that has ended in time stays as it is."""
     from flows.reconcile import HANDED_BACK, give_up  # noqa: PLC0415 - nothing for a fork server
 
     with contextlib.suppress(httpx.HTTPError), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
         async with get_client() as client:
-            await give_up(client, run_id, HANDED_BACK)
+            await give_up(client, run_id, HANDED_BACK, worker=worker)
 
 
 def _end_soon() -> None:
@@ -620,9 +622,10 @@ _ATTEMPT: Final[ContextVar[Attempt]] = ContextVar("attempt")
 class Proposer(StateProposer):
     """Prefect's, but what it would call crashed is given up: a job goes back into the queue."""
 
-    def __init__(self, client: PrefectClient, attempt: Attempt | None) -> None:
+    def __init__(self, client: PrefectClient, worker: str, attempt: Attempt | None) -> None:
         super().__init__(client=client)
         self._api = client
+        self._worker = worker
         self._attempt = attempt
 
     async def propose_crashed(self, flow_run: FlowRun, message: str) -> State[Any] | None:
@@ -631,7 +634,7 @@ class Proposer(StateProposer):
         if self._attempt is not None and self._attempt.left:
             return None
         try:
-            state = await give_up(self._api, flow_run.id, DIED, message)
+            state = await give_up(self._api, flow_run.id, DIED, message, worker=self._worker)
         except httpx.HTTPError:
             # The server is away as well: the run is found to be lost when it is back.
             self._logger.warning("flow run %s: %s; Prefect cannot be told yet", flow_run.id, message)
@@ -898,7 +901,7 @@ class WarmProcessWorker(ProcessWorker):
         """A run that could not be begun is given up; of one that was begun, its executor has told."""
         attempt = _ATTEMPT.get(None)
         if attempt is None or attempt.context is None:
-            await Proposer(client or self.client, attempt).propose_crashed(flow_run, message)
+            await Proposer(client or self.client, self.name, attempt).propose_crashed(flow_run, message)
 
     # ---- forking
 
@@ -933,8 +936,8 @@ class WarmProcessWorker(ProcessWorker):
         result: FlowRunExecutionResult | None = None
         async with FlowRunExecutorContext() as context, anyio.create_task_group() as tasks:
             attempt = _ATTEMPT.get()
-            context._state_proposer = Proposer(context.client, attempt)
-            starter = ForkStarter(self._servers, configuration, cwd, context.control_channel)
+            context._state_proposer = Proposer(context.client, self.name, attempt)
+            starter = ForkStarter(self._servers, configuration, cwd, context.control_channel, self.name)
             attempt.context, attempt.starter = context, starter
             executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=_Hooks(starter))
 

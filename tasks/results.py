@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -437,6 +437,7 @@ def publish_outputs(
     publish_output: bool,
     publish_algorithm_log: bool,
     stop: Event = NEVER,
+    before_it_shows: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """
     Store what a stage may show, a few files at a time, then its manifest, which makes it visible.
@@ -447,6 +448,8 @@ def publish_outputs(
 
     Returns:
         The stage's part of the job's manifest, as stored.
+
+    *before_it_shows* is called when all but the manifest is there; what it raises keeps that back.
 
     Raises:
         PublishFailed: The store failed, or an output is not what it was when it was filtered.
@@ -491,6 +494,7 @@ def publish_outputs(
             files.append(send_log(Kind.PUBLISH_LOG, logs[Kind.PUBLISH_LOG]))
         part = Manifest(files=tuple(files), created=datetime.now(UTC))
         go_on(stop)
+        before_it_shows()
         store.publish_manifest(job_id, stage, part)
     except StoreUnavailable as error:
         go_on(stop)
