@@ -1,5 +1,7 @@
 SHELL := /bin/sh
 ARGS ?=
+KILLS ?= 21
+SEED ?= 1
 
 # What needs no engine that only some machines have.
 ANYWHERE := not docker and not kubernetes
@@ -7,7 +9,7 @@ ANYWHERE := not docker and not kubernetes
 FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and not clients and $(ANYWHERE) and not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-chain up test test-docker check format bench clean
+.PHONY: help setup demo demo-chain up test test-docker check format bench chaos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +46,9 @@ format: setup ## Format the code and sort the imports
 
 bench: setup ## Run the benchmarks
 	@exec .venv/bin/python -m bench $(ARGS)
+
+chaos: setup ## Kill one part of the service after another and see what becomes of the jobs; KILLS, SEED, more in ARGS
+	@exec .venv/bin/python -m chaos --kills $(KILLS) --seed $(SEED) $(ARGS)
 
 clean: ## Remove what setup and tests have made; what the service keeps in .c2d/ stays
 	rm -rf .bootstrap .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist \

@@ -61,7 +61,9 @@ def _latency_by(kind: str, console: Console) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         definitions = Path(folder) / "prefect.yaml"
         text = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
-        definitions.write_text(text.replace("work_pool_type: warm-process", f"work_pool_type: {kind}"), encoding="utf-8")
+        definitions.write_text(
+            text.replace("work_pool_type: warm-process", f"work_pool_type: {kind}"), encoding="utf-8"
+        )
         _run_jobs(Service(state=Path(folder) / "state", definitions=definitions, say=console.print), started, completed)
     how = f"{kind} worker; {JOBS} jobs, one after another; clocks of the service"
     yield _seconds("POST to algorithm started", started, how)

@@ -26,27 +26,12 @@ import httpx
 import psutil
 import yaml
 from eth_utils.address import to_checksum_address
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import AwaitingRetry, Cancelled
 from pydantic import ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from blocks.environment import ComputeEnvironment
 from blocks.keys import create_keystore
-from flows.compute import FLOW_NAME
 from flows.environments import read_definitions
-from flows.expire import FLOW_NAME as EXPIRE
-from flows.prefect_jobs import LIVE_STATES
 from flows.sealing import create_key_file
 from tasks.workspace import sweep
 
@@ -62,7 +47,7 @@ STOP_DEADLINE: Final = 20.0
 
 RESTARTS: Final = 3
 RESTARTS_WITHIN: Final = 3600.0
-"""Seconds. A part that ends by itself is started again; more than RESTARTS in this time are no accident any more."""
+"""Seconds. A part that ends by itself is started again; more often than RESTARTS in this time is no accident."""
 
 MARK: Final = "C2D_SERVICE"
 """
@@ -81,11 +66,6 @@ _SERVER: Final = "prefect-server"
 _API: Final = "api"
 _WORKER: Final = "worker"
 
-_IN_PROGRESS: Final = FlowRunFilter(
-    state=FlowRunFilterState(
-        type=FlowRunFilterStateType(any_=[kind for kind in LIVE_STATES if kind is not StateType.SCHEDULED])
-    )
-)
 _EXCERPT: Final = 15
 """Lines of a log that are shown when its part fails."""
 
@@ -161,6 +141,7 @@ class Service:
     definitions: Path = ROOT / "prefect.yaml"
     api_port: int = 0
     prefect_port: int = 0
+    restarts: int = RESTARTS
     say: Callable[[str], None] = lambda line: None
     parts: list[Part] = field(default_factory=list)
     """The Prefect server first, then what relies on it."""
@@ -202,29 +183,34 @@ class Service:
                 continue  # replaced with the one before it
             now = time.monotonic()
             self._restarts = [at for at in self._restarts if now - at < RESTARTS_WITHIN] + [now]
-            if len(self._restarts) > RESTARTS:
+            if len(self._restarts) > self.restarts:
                 raise CannotStart(
-                    f"{part.name} {part.ending}; parts have been started again {RESTARTS} times within "
+                    f"{part.name} {part.ending}; parts have been started again {self.restarts} times within "
                     f"{RESTARTS_WITHIN / 3600:g} h already, so the service ends. {self._log_of(part)}"
                 )
             self.say(f"{part.name} once more, since it {part.ending}")
             self._replace(part)
 
     def _replace(self, part: Part) -> None:
+        """
+        Start one part again and leave the others alone: each of them waits for a server that is away, and a worker
+        takes up what the one before it has lost (``flows.reconcile``).
+        """
+        at = self.parts.index(part)
+        self.parts.remove(part)
         if part.name == _SERVER:
-            # All others rely on it, and none is known to make up for what it has missed.
-            self._stop_parts()
-            self._start_parts()
+            again = self._launch_server()
         elif part.name == _API:
-            self.parts.remove(part)
-            self._until_healthy(self._launch_api(), f"{self.api_url}/health")
+            again = self._launch_api()
         else:
-            for worker in [part for part in self.parts if part.name.startswith(_WORKER)]:
-                self.parts.remove(worker)
-                worker.stop()
             self._end_strays()
-            self._take_up_jobs()
-            self._launch_workers()
+            again = self._launch_worker(part.name.removeprefix(f"{_WORKER}-"))
+        # In the order in which they were started, and so are stopped.
+        self.parts.insert(at, self.parts.pop())
+        if part.name == _SERVER:
+            self._until_healthy(again, f"{self.prefect_url}/api/health")
+        elif part.name == _API:
+            self._until_healthy(again, f"{self.api_url}/health")
 
     def _start(self) -> None:
         self._environments = self._read_definitions()
@@ -245,9 +231,7 @@ class Service:
 
     def _start_parts(self) -> None:
         self.say("Prefect server, API")
-        server = self._launch(
-            _SERVER, [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", f"{self.prefect_port}"]
-        )
+        server = self._launch_server()
         # The API asks Prefect nothing before it is asked something itself, so the two can load side by side.
         api = self._launch_api()
         self._until_healthy(server, f"{self.prefect_url}/api/health")
@@ -255,7 +239,6 @@ class Service:
         deploy = self._launch(
             "deploy", [*_PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(self.definitions)]
         )
-        self._take_up_jobs()
         self._sweep()
         self._until_done(deploy)
         # Not earlier: a job that waits must not be run by the rules that held before this deployment.
@@ -265,24 +248,25 @@ class Service:
     def _launch_api(self) -> Part:
         return self._launch(_API, [sys.executable, "-m", "api.main"])
 
-    def _launch_workers(self) -> None:
-        kinds = {block.work_pool: block.work_pool_type for block in self._environments}
-        for pool, kind in sorted((pool, kind) for pool, kind in kinds.items() if kind in _LOCAL_KINDS):
-            self.say(f"worker of work pool {pool}")
-            self._launch(
-                f"{_WORKER}-{pool}",
-                [*_PREFECT, "worker", "start", "--pool", pool, "--type", kind, "--name", f"{pool}-embedded"],
-            )
+    def _launch_server(self) -> Part:
+        return self._launch(
+            _SERVER, [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", f"{self.prefect_port}"]
+        )
 
-    def _take_up_jobs(self) -> None:
-        try:
-            resumed = self._hand_back()
-        except httpx.HTTPError as fault:
-            raise CannotStart(
-                f"the Prefect server does not take back the jobs in flight ({type(fault).__name__})"
-            ) from None
-        if resumed:
-            self.say(f"{resumed} job(s) that were in flight go on")
+    def _launch_workers(self) -> None:
+        for pool in sorted(pool for pool, kind in self._pools().items() if kind in _LOCAL_KINDS):
+            self.say(f"worker of work pool {pool}")
+            self._launch_worker(pool)
+
+    def _launch_worker(self, pool: str) -> Part:
+        kind = self._pools()[pool]
+        # A name that stays, by which a worker knows what the one before it has left.
+        start = ["worker", "start", "--pool", pool, "--type", kind, "--name", f"{pool}-embedded"]
+        return self._launch(f"{_WORKER}-{pool}", [*_PREFECT, *start])
+
+    def _pools(self) -> dict[str, str]:
+        """The type of each work pool."""
+        return {block.work_pool: block.work_pool_type for block in self._environments}
 
     def _sweep(self) -> None:
         """Folders of jobs that ended long ago: the next job may never come. Nobody is to wait for it in vain."""
@@ -297,21 +281,12 @@ class Service:
         """
         End every part, the Prefect server last: it has to hear of the jobs that are handed back. Safe to repeat.
         """
-        self._stop_parts()
+        while self.parts:
+            self.parts.pop().stop()
+        self._end_strays()
         # From here on the folder may be another service's, and the mark with it.
         self._mark = ""
         self._stack.close()
-
-    def _stop_parts(self) -> None:
-        while len(self.parts) > 1:
-            self.parts.pop().stop()
-        self._end_strays()
-        if self.parts and self.parts[0].alive:
-            # A server that does not answer: then it is done at the next start.
-            with suppress(httpx.HTTPError):
-                self._hand_back()
-        if self.parts:
-            self.parts.pop().stop()
 
     def environment(self) -> dict[str, str]:
         """The environment variables of every part; also those a `prefect` command needs to speak to this service."""
@@ -324,6 +299,8 @@ class Service:
             "PREFECT_CLI_PROMPT": "false",
             # Stock workers ask every 15 s; on one machine asking often costs next to nothing.
             "PREFECT_WORKER_QUERY_SECONDS": "1",
+            # What a server answers whose database is away. It is repeated as when the server itself is.
+            "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
             "DO_NOT_TRACK": "1",
             "C2D_STATE": str(self.state),
             "C2D_DEFINITIONS": str(self.definitions),
@@ -469,40 +446,6 @@ class Service:
             text = re.sub(r"[\s│]*".join(map(re.escape, secret)), "***", text)
         text = re.sub(r"(?<=://)[^\s/@]+@", "***@", text)
         return re.sub(r"input_value=.*?(?=,[\s│]+input_type=|$)", "input_value=***", text, flags=re.DOTALL)
-
-    def _hand_back(self) -> int:
-        """
-        Put every job that nobody runs any more back into the queue, and end those being stopped.
-
-        Right only while no worker runs: then a run that is said to be in progress is in progress nowhere.
-        """
-        handed_back = 0
-        with (
-            temporary_settings({PREFECT_API_URL: f"{self.prefect_url}/api"}),
-            get_client(sync_client=True) as client,
-        ):
-
-            def in_progress(flow: str) -> list[FlowRun]:
-                return client.read_flow_runs(
-                    flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])), flow_run_filter=_IN_PROGRESS
-                )
-
-            # It is nobody's job, and comes again by its schedule; left as it is it would hold a slot for ever.
-            while runs := in_progress(EXPIRE):
-                for run in runs:
-                    client.set_flow_run_state(run.id, Cancelled(message="the service was shut down"), force=True)
-            # Again until there is none: an answer holds a page at most, and what is dealt with is not in the next.
-            while runs := in_progress(FLOW_NAME):
-                for run in runs:
-                    # Not found: it was deleted meanwhile, which the API can do while a worker is being replaced.
-                    with suppress(ObjectNotFound):
-                        if run.state is not None and run.state.is_cancelling():
-                            client.set_flow_run_state(run.id, Cancelled(message="stopped on request"), force=True)
-                        else:
-                            again: State[Any] = AwaitingRetry(message="the service was shut down")
-                            client.set_flow_run_state(run.id, again, force=True)
-                            handed_back += 1
-        return handed_back
 
 
 def until_answered(url: str, before_each: Callable[[], None] = lambda: None) -> None:

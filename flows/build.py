@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +14,7 @@ from threading import Event
 from typing import Any, Final, ParamSpec, cast
 from uuid import UUID
 
+import httpx
 from prefect import Task, allow_failure, task
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -22,6 +25,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectHTTPStatusError, TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
@@ -50,6 +54,7 @@ from tasks.provision import (
     write_parameters,
 )
 from tasks.results import FilterReport, PublishFailed, filter_outputs, publish_outputs
+from tasks.stopping import Stopped
 from tasks.workspace import Workspace, stage_workspace, steps_folder
 
 
@@ -75,6 +80,8 @@ class Site:
     upstream: Mapping[int, Workspace] = field(default_factory=dict, repr=False)
     secret: str = field(default="", repr=False)
     """The algorithm's variable ``secret``: its own, the same at every try, a secret of the service."""
+    still_ours: Callable[[], bool] = field(default=lambda: True, repr=False)
+    """Asks whether nobody else has this job now."""
     stop: Event = field(default_factory=Event, repr=False)
     """Set when this job is to end at once: nothing new is begun, what runs is ended."""
 
@@ -103,7 +110,10 @@ def _step(function: Callable[P, Any]) -> Task[P, Any]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-        outcome = function(*args, **kwargs)
+        try:
+            outcome = function(*args, **kwargs)
+        except Stopped:
+            outcome = _stopped()
         transaction = get_transaction()
         if transaction is not None and not _succeeded(outcome):
             # Whatever is returned here would be found again: to Prefect, a task that returns has a result.
@@ -147,11 +157,13 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
                 stop=site.stop,
             )
     except InputUnreachable as problem:
+        if site.stop.is_set():
+            return _stopped()
         return Failed(name="Input unreachable", message=str(problem))
     for planned in stage.inputs:
         if planned.stage is not None:
             into = workspace.inputs / folder_name(planned.id)
-            fetched += link_stage_outputs(site.upstream[planned.stage].outputs, into)
+            fetched += link_stage_outputs(site.upstream[planned.stage].outputs, into, stop=site.stop)
     write_parameters(stage.custom_data, ddos, workspace)
     _inputs_table(stage.index, fetched)
     return Completed(message=f"{len(fetched)} files, {sum(file.size for file in fetched)} bytes", data=fetched)
@@ -176,12 +188,16 @@ def provision_algorithm(site: Site, upstream: Upstream) -> Any:
             stop=site.stop,
         )
     except AlgorithmUnreachable as problem:
+        if site.stop.is_set():
+            return _stopped()
         return Failed(name="Algorithm unreachable", message=str(problem))
     asked = Image(stage.container.image, stage.container.tag, stage.container.checksum)
     try:
         with _progress_if_any(fetch_key(stage.index), f"Image of stage {stage.index}", "layers") as report:
             image = site.environment.make_runner().fetch_image(asked, on_progress=report, stop=site.stop)
     except ImageUnavailable as problem:
+        if site.stop.is_set():
+            return _stopped()
         return Failed(name="Image unavailable", message=str(problem))
     return Completed(message=f"{fetched.size} bytes", data=Provisioned(fetched, image))
 
@@ -223,9 +239,10 @@ def filter_results(site: Site, report: ExitReport) -> Any:
     if not isinstance(report, ExitReport) or site.stop.is_set():
         return _skipped()
     workspace, limits = site.workspace, site.environment.offer.filter
-    verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits)
+    verdict = filter_outputs(workspace.outputs, [workspace.algorithm_log], limits, stop=site.stop)
     workspace.filtering_log.write_text(str(verdict))
-    create_markdown_artifact(
+    _tell(
+        create_markdown_artifact,
         key=f"filter-{site.stage.index}",
         markdown=f"```\n{_shortened(str(verdict))}\n```",
         description=f"What may leave stage {site.stage.index}",
@@ -257,6 +274,8 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
             },
             publish_output=stage.publish_output and result.ok,
             publish_algorithm_log=stage.publish_algorithm_log,
+            stop=site.stop,
+            before_it_shows=lambda: _check_still_ours(site),
         )
     except PublishFailed as problem:
         if result.ok:
@@ -264,12 +283,28 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
         # The reason the job failed for is worth more to the consumer than the log that could not be kept.
         return StageResult(result.status, f"{result.message}; the log could not be published")
     if part.files:
-        create_table_artifact(
+        _tell(
+            create_table_artifact,
             key=f"results-{stage.index}",
             table=[{"path": f.path, "bytes": f.size, "kind": f.kind, "type": f.type} for f in part.files[:SHOWN]],
             description=f"Published by stage {stage.index}: {len(part.files)} files, {SHOWN} of them shown at most",
         )
     return result
+
+
+def _check_still_ours(site: Site) -> None:
+    """
+    A worker that Prefect has not heard of for long is taken for dead, and another takes its jobs up. If it lives all
+    the same, what it has computed is not to be published beside what the other computes, and it is to be silent.
+
+    Raises:
+        Stopped: Somebody else has the job. This process ends then.
+    """
+    if not site.still_ours():
+        get_run_logger().error("this job has been taken up elsewhere; nothing is published from here")
+        site.stop.set()
+        _end_process_after(TOLD_SECONDS)
+        raise Stopped
 
 
 def _judge(report: ExitReport, verdict: FilterReport) -> StageResult:
@@ -304,6 +339,11 @@ def _skipped() -> State[None]:
     return Completed(name=SKIPPED, message="a step before this one failed, or the job was stopped")
 
 
+def _stopped() -> State[None]:
+    """The end of a step that was cut off by a stop. Completed for the reason that ``_skipped`` is."""
+    return Completed(name="Stopped", message="the job was stopped")
+
+
 TASK_FOR: Final[Mapping[Phase, Task[..., Any]]] = {
     Phase.DATA: provision_data,
     Phase.ALGORITHM: provision_algorithm,
@@ -320,6 +360,15 @@ _EXPECTED: Final = {
 }
 """Names of the states a step fails with for a reason the consumer is told. Any other failure is a bug."""
 
+TOLD_SECONDS: Final = 1.0
+"""For the log, before a process ends that has lost its job to another."""
+
+STOP_SECONDS: Final = 2.5
+"""
+Seconds from the signal that stops a job until its process is gone, whatever its steps are at. With what Prefect needs
+before and after it, a stop is to be answered within five.
+"""
+
 SHOWN: Final = 100
 """Rows of an artifact: for people. All of them are in the job's logs."""
 
@@ -327,13 +376,17 @@ Futures = Mapping[str, PrefectFuture[Any]]
 
 
 def run_plan(
-    plan: Plan, job_id: str, environments: Mapping[str, ComputeEnvironment], secret_of: Callable[[bytes], str]
+    plan: Plan,
+    job_id: str,
+    environments: Mapping[str, ComputeEnvironment],
+    secret_of: Callable[[bytes], str],
+    still_ours: Callable[[], bool] = lambda: True,
 ) -> StageResult:
     """
     Run every step of *plan* as a task of the current flow run, each as soon as what it waits for is done.
 
     A step whose result is in the job's folder is not run; ``flows.steps.settle`` leaves only those that hold.
-    *secret_of* makes a text from a name that nobody else can make.
+    *secret_of* makes a text from a name that nobody else can make. *still_ours* is asked before anything is published.
 
     Returns:
         COMPLETED, or the failure of the first stage (in the plan's order) that failed.
@@ -350,6 +403,7 @@ def run_plan(
             site = Site(
                 job_id=job_id,
                 stop=stop,
+                still_ours=still_ours,
                 secret=secret_of(f"{job_id}/{step.stage}".encode()),
                 stage=stage,
                 environment=environments[stage.environment],
@@ -378,10 +432,12 @@ def run_plan(
             )
         for future in futures.values():
             future.wait()
-    except BaseException:
+    except BaseException as problem:
         # A stop arrives here, as what SIGTERM raises. Prefect then waits for the threads of the tasks, so those
         # have to end.
         stop.set()
+        if isinstance(problem, TerminationSignal):
+            _end_process_after(STOP_SECONDS)
         # So do we, because whoever called us tidies up what they leave: a result that is remembered after that would
         # have no files. A thread that does not end is ended with the process, and then the next try tidies up.
         for future in futures.values():
@@ -389,6 +445,25 @@ def run_plan(
         raise
     results = [_stage_result(stage, futures) for stage in plan.stages]
     return next((result for result in results if result is not None and not result.ok), StageResult(Status.COMPLETED))
+
+
+def _end_process_after(seconds: float) -> None:
+    """
+    End this process, and what it has started to tidy up, if it is not gone by then.
+
+    A step may be inside a library that nothing interrupts: a store that does not answer, a name look-up. By a kill,
+    because the end of an interpreter waits for its threads as well; algorithms have their own sessions and end with
+    us. All that is left undone is what the next try of the job looks at first, as after a crash.
+    """
+
+    def end() -> None:
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(128 + signal.SIGTERM)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _constantly(key: str) -> Callable[[TaskRunContext, dict[str, Any]], str]:
@@ -429,6 +504,15 @@ def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
     return result
 
 
+def _tell(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """An artifact for people. That it cannot be made, because the server is away for long, is no reason to fail."""
+    try:
+        return make(*args, **kwargs)
+    except (httpx.HTTPError, PrefectHTTPStatusError):
+        get_run_logger().warning("the server is away; what this step shows is not shown")
+        return None
+
+
 def fetch_key(stage: int) -> str:
     """Key of the artifacts that tell how far a stage's inputs and its image are; of two the later one is shown."""
     return f"fetch-{stage}"
@@ -445,17 +529,21 @@ def _progress(key: str, description: str, things: str = "files") -> Iterator[Pro
     told: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
     done = threading.Event()
     begun = f"{description}: not begun to arrive"
-    artifact = cast(UUID, create_progress_artifact(progress=0.0, key=key, description=begun))
+    artifact = cast("UUID | None", _tell(create_progress_artifact, progress=0.0, key=key, description=begun))
 
     def report(done_bytes: int, total_bytes: int, done_things: int, all_things: int) -> None:
         told[0] = (done_bytes, total_bytes, done_things, all_things)
+
+    def show(percent: float, text: str) -> None:
+        if artifact is not None:
+            _tell(update_progress_artifact, artifact, percent, text)
 
     def update() -> None:
         shown = told[0]
         while not done.wait(1.0):
             if told[0] != shown:
                 shown = told[0]
-                update_progress_artifact(artifact, _percent(*shown), f"{description}: {_amounts(things, *shown)}")
+                show(_percent(*shown), f"{description}: {_amounts(things, *shown)}")
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(update,), daemon=True)
     thread.start()
@@ -464,7 +552,7 @@ def _progress(key: str, description: str, things: str = "files") -> Iterator[Pro
     finally:
         done.set()
         thread.join()
-    update_progress_artifact(artifact, 100.0, f"{description}: {_amounts(things, *told[0])}")
+    show(100.0, f"{description}: {_amounts(things, *told[0])}")
 
 
 @contextmanager
@@ -506,7 +594,8 @@ def _inputs_table(stage: int, fetched: Sequence[FetchedFile]) -> None:
     database is open to more people than the job's configuration log, which has them.
     """
     if fetched:
-        create_table_artifact(
+        _tell(
+            create_table_artifact,
             key=f"inputs-{stage}",
             table=[
                 {"input": f.input_id, "n": f.position, "bytes": f.size, "seconds": round(f.seconds, 3)}

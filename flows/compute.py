@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, cast
+from uuid import UUID
 
-from prefect import flow, get_client
-from prefect.client.schemas.objects import State
+from prefect import Flow, flow, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from blocks.environment import ComputeEnvironment, load_environments_sync, state_folder
@@ -22,7 +25,7 @@ from flows.errors import InvalidWorkflow
 from flows.jobs import waited_too_long
 from flows.plan import Plan, compile_plan
 from flows.sealing import Seal
-from flows.states import ended_state, waited
+from flows.states import STOPPED_IN_QUEUE, ended_state, stopped_before_it_began, waited
 from flows.status import Phase, Status
 from flows.steps import settle, step_keys
 from flows.workflow import parse_workflow
@@ -46,7 +49,20 @@ def key_file() -> Path:
 _TASK_RUNNER: Final = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_THREADS))
 
 
-@flow(name=FLOW_NAME, task_runner=_TASK_RUNNER, persist_result=False)
+def _tidy(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """
+    What has been published is in the store; data that must not leave must not lie about either.
+
+    Not before the end is recorded: a job that is cut off in between would do all of it again, and publish twice. If
+    this is cut off, the worker makes up for it (``flows.reconcile``).
+    """
+    with get_client(sync_client=True) as client:
+        environments = load_environments_sync(client)
+    for name in flow_run.parameters["summary"]["environments"]:
+        remove_job(environments[name].workspace_root(), flow_run.id.hex)
+
+
+@flow(name=FLOW_NAME, task_runner=_TASK_RUNNER, persist_result=False, on_completion=[_tidy])
 def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) -> State[Any]:
     """
     Run one job to its end.
@@ -65,7 +81,10 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     job_id = str(flow_run.id).replace("-", "")
     with get_client(sync_client=True) as client:
         environments = load_environments_sync(client)
-        seconds = waited(client.read_flow_run_states(flow_run.id))
+        states = client.read_flow_run_states(flow_run.id)
+    if stopped_before_it_began(states):
+        # To Prefect a run that is cancelled may begin, which is what a worker does with one that it had taken before.
+        return Cancelled(message=STOPPED_IN_QUEUE)
     if stored_in is not None:
         sealed = environments[stored_in].documents().read_bytes(sealed, DOCUMENT).decode("ascii")
     seal = Seal.from_file(key_file())
@@ -76,7 +95,7 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
         # It was valid when it was taken in, so an environment has changed since.
         return ended_state(Status.RUN_FAILED, f"refused: the environment has changed: {refusal}")
     offer = environments[plan.stages[0].environment].offer
-    if 0 < offer.max_wait < seconds:
+    if 0 < offer.max_wait < waited(states):
         # A worker that was away for long may come before anyone has looked at the job.
         return ended_state(Status.EXPIRED_IN_QUEUE, waited_too_long(offer))
     get_run_logger().info("plan\n%s", plan)
@@ -89,10 +108,6 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
         for root, block in blocks.items():
             stack.enter_context(held(root, job_id, block.offer.storage_expiry, waits=_tell_of_waiting))
         result = _go_on(plan, job_id, environments, seal)
-        if result.status is Status.COMPLETED:
-            # What has been published is in the store; data that must not leave must not lie about either.
-            for root in blocks:
-                remove_job(root, job_id)
     return ended_state(result.status, result.message)
 
 
@@ -105,9 +120,25 @@ def _go_on(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment],
         get_run_logger().info("%d of %d steps had finished before", len(done), len(plan.steps))
         _retract_unfinished(plan, job_id, environments, done)
     try:
-        return run_plan(plan, job_id, environments, seal.fingerprint)
-    finally:
-        settle(plan, job_id, keys, environments)
+        result = run_plan(plan, job_id, environments, seal.fingerprint, _still_ours(flow_run.id, flow_run.run_count))
+    except BaseException:
+        # Logs that have not been published are all there is to tell what an algorithm was at when it was stopped.
+        settle(plan, job_id, keys, environments, logs=True)
+        raise
+    settle(plan, job_id, keys, environments)
+    return result
+
+
+def _still_ours(run_id: str, run_count: int) -> Callable[[], bool]:
+    """Whether the run is still in the try that it is in now."""
+
+    def ask() -> bool:
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(UUID(run_id))
+        live = run.state is not None and run.state.type in (StateType.RUNNING, StateType.CANCELLING)
+        return live and run.run_count == run_count
+
+    return ask
 
 
 def _published(plan: Plan, job_id: str, environments: dict[str, ComputeEnvironment]) -> set[int] | None:

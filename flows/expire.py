@@ -1,6 +1,6 @@
 """
-The deployed flow that removes what has expired, and ends jobs that have waited for too long. One deployment for each
-work pool, on a schedule of Prefect's.
+The deployed flow that removes what has expired, finishes deletions that were cut off, and ends jobs that have waited
+for too long. One deployment for each work pool, on a schedule of Prefect's.
 
 In the pool of the environments it is about: so it reaches the stores that their workers reach, and the job folders of
 the machine that it runs on. Nothing depends on when it runs: what has expired is told as such on the second
@@ -56,8 +56,9 @@ MOST: Final = 200
 @flow(name=FLOW_NAME, persist_result=False)
 async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
     """
-    Remove results, sealed documents and job folders that have expired; of the environments of the work pool this runs
-    in, of all where it runs in none. May be repeated, and run in several places at once.
+    Remove results, sealed documents and job folders that have expired, and those of jobs whose deletion was begun; of
+    the environments of the work pool this runs in, of all where it runs in none. May be repeated, and run in several
+    places at once.
 
     Args:
         grace: Seconds to wait after the expiry.
@@ -74,12 +75,14 @@ async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
         blocks = await load_environments(client)
         removed: list[Job] = []
         failed: list[str] = []
-        waiting = 0
+        waiting = deleted = 0
         for name, block in sorted(blocks.items()):
             if this.work_pool_name not in (None, block.work_pool):
                 continue
             try:
                 waiting += len(await jobs.expire_waiting(name, most=most))
+                begun = await jobs.finish_deletions(name, most=most)
+                deleted += len(begun.removed)
                 done = await jobs.expire(name, grace=grace, most=most)
             except NotReady as fault:
                 logger.warning("%s: %s", name, fault)
@@ -88,6 +91,9 @@ async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
             removed.extend(done.removed)
             if done.failed:
                 logger.warning("%s: the store did not remove what %d jobs left", name, len(done.failed))
+                failed.append(name)
+            elif begun.failed:
+                logger.warning("%s: %d jobs that are being deleted could not be removed", name, len(begun.failed))
                 failed.append(name)
             await asyncio.to_thread(_sweep, block)
         if orphans := await jobs.unattended():
@@ -98,7 +104,7 @@ async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
             key=ARTIFACT,
             description=f"Results that expired and were removed; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         )
-    told = f"results of {len(removed)} jobs removed, {waiting} jobs expired in the queue"
+    told = f"results of {len(removed)} jobs removed, {waiting} jobs expired in the queue, {deleted} deletions finished"
     return Failed(message=f"{told}; not all of {', '.join(failed)}") if failed else Completed(message=told)
 
 

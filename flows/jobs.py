@@ -18,6 +18,7 @@ from flows.errors import (
     InvalidParameter,
     JobNotFound,
     NoSuchResult,
+    NotReady,
     NotRestartable,
     ResultsExpired,
 )
@@ -114,7 +115,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Expiry:
-    """What one round of ``Jobs.expire`` has come to."""
+    """What one round of ``Jobs.expire`` or ``Jobs.finish_deletions`` has come to."""
 
     removed: tuple[Job, ...] = ()
     failed: tuple[Job, ...] = ()
@@ -201,6 +202,7 @@ class Jobs(ABC):
         Raises:
             InvalidWorkflow: Every problem of the document.
             AgreementInUse: Another document already has this agreement.
+            NotReady: So does a job that is still being deleted.
         """
 
     @abstractmethod
@@ -239,7 +241,16 @@ class Jobs(ABC):
     async def delete(self, query: JobQuery) -> list[Job]:
         """
         Stop the matching jobs, then remove them with everything they left; answers each as DELETED.
-        Afterwards they are unknown.
+
+        From the first moment on they are unknown to all other methods. What cannot be removed is NotReady, and stays
+        so until a repeat of this, or ``finish_deletions``, has done it; only then its agreement is free.
+        """
+
+    @abstractmethod
+    async def finish_deletions(self, *environments: str, most: int = 100) -> Expiry:
+        """
+        Take up at most *most* of the deletions that were begun and not finished, of jobs of these *environments*; of
+        all if none is named. May be called as often as one likes, and in several places at once.
         """
 
     @abstractmethod
@@ -393,11 +404,15 @@ class MemoryJobs(Jobs):
     _bodies: dict[tuple[str, int], bytes] = field(default_factory=dict)
     _kept: set[str] = field(default_factory=set)
     """Jobs that may have left something."""
+    _deleting: dict[str, Job] = field(default_factory=dict)
+    """Jobs whose deletion was begun: no jobs any more, but for their agreements."""
 
     async def submit(self, workflow: Workflow) -> Job:
         plan = compile_plan(workflow, self.offers)
         digest = document_digest(workflow)
         self._end_overdue()
+        if any(job.agreement_id == plan.agreement_id for job in self._deleting.values()):
+            raise NotReady("The job that had this agreement is still being deleted; try again in a moment.")
         for job in self._jobs.values():
             if job.agreement_id == plan.agreement_id:
                 if self._digests[job.id] != digest:
@@ -503,15 +518,28 @@ class MemoryJobs(Jobs):
         self._kept.add(job_id)
         return self._jobs[job_id]
 
+    def begin_deletion(self, job_id: str) -> None:
+        """The first half of a deletion: as it is left when it is cut off."""
+        self._deleting[job_id] = self._jobs.pop(job_id)
+
     async def delete(self, query: JobQuery) -> list[Job]:
-        deleted = []
-        for job in await self.stop(query):
-            last = job.stopped_in if job.status is Status.STOPPED else job.status
-            gone = self.move(job.id, Status.DELETED)
-            deleted.append(replace(gone, stopped_in=last, removed=True, results=(), expires=None, expired=False))
-            del self._jobs[job.id], self._digests[job.id]
-            self._bodies = {key: body for key, body in self._bodies.items() if key[0] != job.id}
-        return deleted
+        for job in await self.find(query):
+            self.begin_deletion(job.id)
+        return [self._remove(job) for job in list(self._deleting.values()) if query.matches(job)]
+
+    async def finish_deletions(self, *environments: str, most: int = 100) -> Expiry:
+        begun = [job for job in self._deleting.values() if not environments or job.environment in environments]
+        return Expiry(tuple(self._remove(job) for job in begun[:most]))
+
+    def _remove(self, job: Job) -> Job:
+        self._jobs[job.id] = self._deleting.pop(job.id)
+        last = job.stopped_in if job.status is Status.STOPPED else job.status
+        if not job.ended:
+            self.move(job.id, Status.STOPPED)
+        gone = self.move(job.id, Status.DELETED)
+        del self._jobs[job.id], self._digests[job.id]
+        self._bodies = {key: body for key, body in self._bodies.items() if key[0] != job.id}
+        return replace(gone, stopped_in=last, removed=True, results=(), expires=None, expired=False)
 
     async def expire_waiting(self, environment: str, *, most: int = 100) -> list[Job]:
         return [job for job in self._end_overdue() if job.environment == environment][:most]

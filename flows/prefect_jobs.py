@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import random
+import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -33,8 +37,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact, FlowRun, State, StateType, TaskRun
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import FlowRunWaitTimeout, ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
-from prefect.flow_runs import wait_for_flow_run
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Scheduled
 
 from blocks.environment import ComputeEnvironment, load_environments
@@ -67,8 +70,10 @@ from flows.plan import Plan, compile_plan
 from flows.reasons import RESUMING, STOPPING, silent, why_ended, why_live, why_waiting
 from flows.sealing import Seal
 from flows.states import (
+    STOPPED_IN_QUEUE,
     Steps,
     expired_in_queue,
+    has_begun,
     history,
     is_taken_out,
     live_status,
@@ -92,6 +97,12 @@ LARGEST_PARAMETER: Final = 256 * 1024
 
 STOP_DEADLINE: Final = 15
 """Seconds a stop waits for the job's process to be gone before it answers all the same."""
+
+BEGINNING: Final = 2.0
+"""Seconds that a stop leaves to a job which a worker has taken and not begun, for its process to hear of it."""
+
+LOOK_AGAIN: Final = 0.25
+"""Seconds between two looks at a job that is being stopped."""
 
 PLACES: Final = 25
 """Waiting jobs of one answer that are told how many are before them; each costs a request."""
@@ -119,8 +130,28 @@ A tag and not a lock: Prefect's limits forget a holder after a while (``RESTART_
 longer than that must not meet a restart.
 """
 
+DELETING: Final = "deleting"
+"""
+Tag of a run that is being deleted. From then on there is no such job; its record stays, and its agreement with it,
+until all that it left is gone, so that a deletion that was cut off is known of and finished.
+"""
+
+PATIENCE: Final = 5.0
+"""Seconds a deletion waits for its turn among the restarts."""
+
+LOOK_UP: Final = 2.0
+"""Seconds a status waits for the store to tell what there is; a stop has to be answered also while a store hangs."""
+
+TOLD: Final = 3.0
+"""
+Seconds after the end of its process until nothing more arrives of a run. Workers send their log lines every two
+seconds, Prefect takes those of a run that is deleted as well, and then nobody can remove them any more.
+"""
+
 REMOVAL_SECONDS: Final = 3600.0
 """After so long whoever began a removal is taken for dead, and another takes it up."""
+
+_NOWHERE: Final = "The environment of this job is not registered any more, so its results cannot be deleted."
 
 LIVE_STATES: Final = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 _WAITING: Final = [StateType.SCHEDULED]
@@ -156,6 +187,18 @@ def _tags(plan: Plan) -> list[str]:
     ]
 
 
+def _wanted(query: JobQuery) -> FlowRunFilter:
+    tags = [
+        *([_owner_tag(query.owner)] if query.owner else []),
+        *([_agreement_tag(query.agreement_id)] if query.agreement_id else []),
+        *([_document_tag(query.document_id)] if query.document_id else []),
+    ]
+    return FlowRunFilter(
+        id=FlowRunFilterId(any_=[UUID(query.job_id)]) if query.job_id else None,
+        tags=FlowRunFilterTags(all_=tags) if tags else None,
+    )
+
+
 def _in_states(kinds: Sequence[StateType], *tags: str) -> FlowRunFilter:
     return FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(kinds))),
@@ -187,11 +230,11 @@ class PrefectJobs(Jobs):
     Jobs of one Prefect server. Holds no state of its own but caches; any number of these can serve one server.
 
     Args:
-        client: Entered by the caller, for as long as this is used. Waiting for the end of a run and loading of
-            blocks go by ``PREFECT_API_URL`` all the same, so it has to name the same server.
+        client: Entered by the caller, for as long as this is used. Loading of blocks goes by ``PREFECT_API_URL`` all
+            the same, so it has to name the same server.
         seal: The service's key; the workers have the same.
         local_workers: The workers run on this machine, so that an environment which cannot shut an algorithm in
-            is known before a job is taken, and a deleted job's folder can be removed from here.
+            is known before a job is taken.
     """
 
     def __init__(self, client: PrefectClient, seal: Seal, *, local_workers: bool = False) -> None:
@@ -202,6 +245,7 @@ class PrefectJobs(Jobs):
         self._offers_cache: TTLCache[None, list[EnvironmentState]] = TTLCache(1, ttl=1)
         self._deployments: TTLCache[str, UUID] = TTLCache(1_000, ttl=30)
         self._restarting = asyncio.Lock()
+        self._limit_made = False
         self._ended: LRUCache[tuple[UUID, UUID], Job] = LRUCache(10_000)
 
     async def submit(self, workflow: Workflow) -> Job:
@@ -220,6 +264,8 @@ class PrefectJobs(Jobs):
                 raise
             if run.parameters["sealed"] != parameters["sealed"]:
                 await _remove_document(environment, parameters)
+        if DELETING in run.tags:
+            raise NotReady("The job that had this agreement is still being deleted; try again in a moment.")
         if run.parameters["summary"]["fingerprint"] != parameters["summary"]["fingerprint"]:
             raise AgreementInUse
         return (await self._jobs_of([run]))[0]
@@ -227,17 +273,8 @@ class PrefectJobs(Jobs):
     async def find(self, query: JobQuery) -> list[Job]:
         if query.empty:
             return []
-        tags = [
-            *([_owner_tag(query.owner)] if query.owner else []),
-            *([_agreement_tag(query.agreement_id)] if query.agreement_id else []),
-            *([_document_tag(query.document_id)] if query.document_id else []),
-        ]
-        wanted = FlowRunFilter(
-            id=FlowRunFilterId(any_=[UUID(query.job_id)]) if query.job_id else None,
-            tags=FlowRunFilterTags(all_=tags) if tags else None,
-        )
         async with _reaching_out():
-            return await self._jobs_of(await self._runs(wanted))
+            return await self._jobs_of(await self._runs(_wanted(query)))
 
     async def running(self) -> list[Job]:
         async with _reaching_out():
@@ -275,10 +312,21 @@ class PrefectJobs(Jobs):
         return await only_job(self, job_id)
 
     async def delete(self, query: JobQuery) -> list[Job]:
-        jobs = await self.stop(query)
+        if query.empty:
+            return []
         async with _reaching_out():
-            for job in jobs:
-                await self._remove(job)
+            # Those as well whose deletion was begun before: "not found" would tell whoever asks again that all of it
+            # is gone, while it may still lie in a store that was away.
+            runs = await self._runs(_wanted(query), deleting=True)
+            blocks = await self._blocks() if runs else {}
+            if any(run.parameters["summary"]["environments"][0] not in blocks for run in runs):
+                # Their records are the only thing that knows of their files, so they must not go before them. Not
+                # begun, so that they can still be seen.
+                raise NotReady(_NOWHERE)
+            runs = await self._begin_deletions(runs)
+            jobs, faults = await self._delete(runs)
+        if faults:
+            raise faults[0]
         at = datetime.now(UTC)
         return [
             replace(
@@ -297,19 +345,34 @@ class PrefectJobs(Jobs):
             for job in jobs
         ]
 
+    async def finish_deletions(self, *environments: str, most: int = 100) -> Expiry:
+        async with _reaching_out():
+            of_any = [_environment_tag(name) for name in environments] or None
+            tags = FlowRunFilterTags(all_=[DELETING], any_=of_any)
+            begun = await self._runs(FlowRunFilter(tags=tags), deleting=True)
+            # Any of them: those that cannot be finished, for want of their store, are not to hold up the others.
+            runs = random.sample(begun, min(most, len(begun)))
+            removed, faults = await self._delete(runs)
+            gone = {job.id for job in removed}
+            failed = await self._jobs_of([run for run in runs if run.id.hex not in gone]) if faults else []
+        return Expiry(tuple(removed), tuple(failed))
+
     async def expire_waiting(self, environment: str, *, most: int = 100) -> list[Job]:
         async with _reaching_out():
             block = (await self._blocks()).get(environment)
-            if block is None or not block.offer.max_wait:
+            if block is None:
                 return []
             tag = _environment_tag(environment)
-            wanted = _in_states(_WAITING, tag)
-            wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
-                before_=datetime.now(UTC) - timedelta(seconds=block.offer.max_wait)
-            )
-            # Those whose end was cut off are not scheduled any more, and so have no such time.
-            taken = [run for run in await self._runs(_in_states([StateType.PENDING], tag)) if is_taken_out(run.state)]
-            jobs = await self._jobs_of([*taken, *await self._runs(wanted, most=most)][:most])
+            # Those whose end was cut off are not scheduled any more. Also where nobody waits for too long: they may
+            # have been taken out to be stopped.
+            found = [run for run in await self._runs(_in_states([StateType.PENDING], tag)) if is_taken_out(run.state)]
+            if block.offer.max_wait:
+                wanted = _in_states(_WAITING, tag)
+                wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
+                    before_=datetime.now(UTC) - timedelta(seconds=block.offer.max_wait)
+                )
+                found.extend(await self._runs(wanted, most=most))
+            jobs = await self._jobs_of(found[:most])
         return [job for job in jobs if job.status is Status.EXPIRED_IN_QUEUE]
 
     async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
@@ -473,7 +536,7 @@ class PrefectJobs(Jobs):
                 since = _removal(run)
                 going_on = since is not None and time.time() - since < REMOVAL_SECONDS
                 ended = run.state is not None and run.state.is_final() and run.state.timestamp <= before
-                if going_on or not ended or KEPT not in run.tags:
+                if going_on or not ended or KEPT not in run.tags or DELETING in run.tags:
                     return None
                 await self._client.update_flow_run(run_id, tags=[*_unmarked(run), KEPT, f"{REMOVING}{time.time():.0f}"])
         except (NotReady, ObjectNotFound):
@@ -486,44 +549,134 @@ class PrefectJobs(Jobs):
             await self._client.update_flow_run(run_id, tags=[*tags, KEPT] if kept else tags)
 
     async def _cancel(self, run_id: UUID) -> None:
-        try:
+        # A job that is not gone at the end tells how far it is, with stopreq set; or it was deleted meanwhile.
+        with suppress(ObjectNotFound):
             run = await self._client.read_flow_run(run_id)
-            waits = run.state is None or run.state.is_scheduled()
-            # A run that waits has no process that could end it: left to Prefect, one that was handed back once, and
-            # so still bears the number of a process, would be cancelling for ever.
-            asked = Cancelled if waits else Cancelling
-            await self._client.set_flow_run_state(run_id, asked(message="stopped on request"))
-            await wait_for_flow_run(run_id, timeout=STOP_DEADLINE, client=self._client)
-        except (FlowRunWaitTimeout, ObjectNotFound):
-            return  # the job tells how far it is, with stopreq set; or it was deleted by someone else meanwhile
+            if run.state is None or run.state.is_scheduled():
+                answer = await self._client.set_flow_run_state(run_id, taken_out_of_the_queue(STOPPED_IN_QUEUE))
+                if answer.status is SetStateStatus.ACCEPT:
+                    # It has no process that could end it: left to Prefect, one that was handed back once, and so still
+                    # bears the number of a process, would be cancelling for ever.
+                    await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE))
+                    return
+            elif run.state.is_final():
+                return
+            await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
+            await self._gone(run_id)
 
-    async def _remove(self, job: Job) -> None:
+    async def _gone(self, run_id: UUID) -> None:
+        """
+        Wait for the end of a run that is to end, for a while. Raises ObjectNotFound.
+
+        By asking: ``prefect.flow_runs.wait_for_flow_run`` is told of events of some minutes ago first, so that of a job
+        that was restarted it takes an earlier end for the one it waits for (prefect 3.8.8).
+        """
+        began = time.monotonic()
+        while time.monotonic() - began < STOP_DEADLINE:
+            state = (await self._client.read_flow_run(run_id)).state
+            if state is not None and state.is_final():
+                return
+            if time.monotonic() - began > BEGINNING and not has_begun(await self._client.read_flow_run_states(run_id)):
+                # A worker had taken it, and listens for stops of what it has begun only. The server refuses to let a
+                # run begin that is cancelling, and nobody ends such a one; should its process come later than this,
+                # the flow itself sees that it was stopped.
+                await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE))
+                return
+            await asyncio.sleep(LOOK_AGAIN)
+
+    async def _begin_deletions(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
+        """Mark *runs* as being deleted; answers them as they are then, without those that are gone."""
+        marked: list[FlowRun | None] = []
+
+        async def mark(run: FlowRun) -> FlowRun | None:
+            try:
+                now = await self._client.read_flow_run(run.id)
+                if DELETING not in now.tags:
+                    await self._client.update_flow_run(run.id, tags=[*now.tags, DELETING])
+            except ObjectNotFound:
+                return None
+            return now
+
+        for start in range(0, len(runs), AT_ONCE):
+            # The same as for restarts: one that has looked at its run before this must not take the mark off again,
+            # nor begin a job whose results are being removed.
+            async with self._alone(patience=PATIENCE):
+                marked.extend(await asyncio.gather(*map(mark, runs[start : start + AT_ONCE])))
+        return [run for run in marked if run is not None]
+
+    async def _delete(self, runs: Sequence[FlowRun]) -> tuple[list[Job], list[BaseException]]:
+        """Stop and remove *runs*, which are marked. Answers those that are gone, and why others are not."""
+        deleted: list[Job] = []
+        faults: list[BaseException] = []
+        for start in range(0, len(runs), AT_ONCE):
+            part = runs[start : start + AT_ONCE]
+            for outcome in await asyncio.gather(*map(self._delete_one, part), return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    # One that cannot be removed now is not to keep the others from it.
+                    faults.append(outcome)
+                else:
+                    deleted.extend(outcome)
+        if bugs := [fault for fault in faults if not isinstance(fault, NotReady)]:
+            raise bugs[0]
+        return deleted, faults
+
+    async def _delete_one(self, run: FlowRun) -> list[Job]:
+        """Empty if somebody else has deleted it before. Raises NotReady."""
+        async with _reaching_out():
+            jobs = await self._jobs_of([run])
+            await self._cancel(run.id)
+            with suppress(ObjectNotFound):
+                run = await self._client.read_flow_run(run.id)
+                jobs = await self._jobs_of([run])
+                for job in jobs:
+                    await self._remove(run, job)
+        return jobs
+
+    async def _remove(self, run: FlowRun, job: Job) -> None:
         """Everything a job left: first what it could still be reading or writing for, its record last."""
-        run_id = UUID(job.id)
-        try:
-            parameters = (await self._client.read_flow_run(run_id)).parameters
-        except ObjectNotFound:
-            return
         block = (await self._blocks()).get(job.environment)
         if not job.ended:
             if block is not None and not silent(await self._last_seen(block.work_pool), datetime.now(UTC)):
                 # Its process may still be publishing; deleted now, it would leave results that nobody knows of.
                 raise NotReady("The job is still being stopped; delete it again in a moment.")
-            await self._client.set_flow_run_state(run_id, Cancelled(message="deleted on request"), force=True)
+            await self._client.set_flow_run_state(run.id, Cancelled(message="deleted on request"), force=True)
         if block is None:
-            # Its record is the only thing that knows of its files, so it must not go before them.
-            raise NotReady("The environment of this job is not registered any more, so its results cannot be deleted.")
+            raise NotReady(_NOWHERE)
         await asyncio.to_thread(block.store().delete_job, job.id)
-        await _remove_document(block, parameters)
-        if self._local_workers:
-            await asyncio.to_thread(remove_job, block.workspace_root(), job.id)
-        try:
-            await self._client.delete_flow_run(run_id)
-        except ObjectNotFound:
-            return
+        await _remove_document(block, run.parameters)
+        await self._remove_folder(block, job)
+        await self._remove_artifacts(run.id)
+        if job.finished is not None and (run.run_count or run.infrastructure_pid):
+            since = (datetime.now(UTC) - job.finished).total_seconds()
+            await asyncio.sleep(min(max(0.0, TOLD - since), TOLD))
+        with suppress(ObjectNotFound):
+            # Its states, task runs and log lines go with it.
+            await self._client.delete_flow_run(run.id)
 
-    async def _runs(self, wanted: FlowRunFilter, *, most: int | None = None) -> list[FlowRun]:
-        """Oldest first. With *most* no more pages are asked for than it takes to have so many."""
+    async def _remove_folder(self, block: ComputeEnvironment, job: Job) -> None:
+        """If it is on this machine; elsewhere it is known by nobody any more, and removed for that."""
+        try:
+            await asyncio.to_thread(_remove_if_there, block.workspace_root(), job.id)
+        except subprocess.CalledProcessError:
+            raise NotReady("Files of this job cannot be removed at this moment; delete it again later.") from None
+
+    async def _remove_artifacts(self, run_id: UUID) -> None:
+        """Prefect keeps them when their run is deleted."""
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+        while page := await self._client.read_artifacts(artifact_filter=of_run, limit=PAGE):
+            for start in range(0, len(page), AT_ONCE):
+                part = page[start : start + AT_ONCE]
+                await asyncio.gather(*(self._remove_artifact(artifact.id) for artifact in part))
+
+    async def _remove_artifact(self, artifact_id: UUID) -> None:
+        with suppress(ObjectNotFound):
+            await self._client.delete_artifact(artifact_id)
+
+    async def _runs(self, wanted: FlowRunFilter, *, most: int | None = None, deleting: bool = False) -> list[FlowRun]:
+        """
+        Oldest first. With *most* no more pages are asked for than it takes to have so many. Those that are being
+        deleted are left out, unless they are wanted too.
+        """
         runs: list[FlowRun] = []
         read = 0
         while True:
@@ -536,7 +689,8 @@ class PrefectJobs(Jobs):
             )
             read += len(page)
             # A run started by hand, from the UI say, is no job: nothing tells whose it would be.
-            runs.extend(run for run in page if "fingerprint" in (run.parameters.get("summary") or {}))
+            jobs = [run for run in page if "fingerprint" in (run.parameters.get("summary") or {})]
+            runs.extend(run for run in jobs if deleting or DELETING not in run.tags)
             if len(page) < PAGE or (most is not None and len(runs) >= most):
                 return sorted(runs, key=_created)
 
@@ -563,13 +717,17 @@ class PrefectJobs(Jobs):
         """
         End a run that waits, if it still does; the server decides. Answers it as it is afterwards, None if deleted.
         """
+        ending = expired_in_queue(waited_too_long(offer))
         try:
-            if not is_taken_out(run.state):
+            if is_taken_out(run.state):
+                if run.state is not None and run.state.message == STOPPED_IN_QUEUE:
+                    ending = Cancelled(message=STOPPED_IN_QUEUE)
+            else:
                 answer = await self._client.set_flow_run_state(run.id, taken_out_of_the_queue())
                 if answer.status is not SetStateStatus.ACCEPT:
                     return await self._client.read_flow_run(run.id)
             # Whoever has taken it out may be gone: then the next that looks does this.
-            await self._client.set_flow_run_state(run.id, expired_in_queue(waited_too_long(offer)))
+            await self._client.set_flow_run_state(run.id, ending)
             return await self._client.read_flow_run(run.id)
         except ObjectNotFound:
             return None
@@ -671,8 +829,9 @@ class PrefectJobs(Jobs):
         if block is None:
             return None
         try:
-            manifest: Manifest | None = await asyncio.to_thread(block.store().manifest, job.id)
-        except StoreUnavailable:
+            async with asyncio.timeout(LOOK_UP):
+                manifest: Manifest | None = await asyncio.to_thread(block.store().manifest, job.id)
+        except (StoreUnavailable, TimeoutError):
             return None
         return tuple(
             Result(filename=file.path, filesize=file.size, media_type=file.type, kind=file.kind, sha256=file.sha256)
@@ -686,31 +845,41 @@ class PrefectJobs(Jobs):
         return known
 
     @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
+    async def _alone(self, *, patience: float = 0.0) -> AsyncIterator[None]:
         """
         Restarting alone: of the calls to this instance one after the other, of several instances whoever comes first.
 
         The slot is taken by hand: ``prefect.concurrency`` looks again only after some seconds when it is taken.
 
         Raises:
-            NotReady: Another instance is at it.
+            NotReady: Another instance is at it, and still is after *patience* seconds.
         """
         async with self._restarting:
-            with suppress(ObjectAlreadyExists):
-                await self._client.create_global_concurrency_limit(
-                    GlobalConcurrencyLimitCreate(name=RESTARTS, limit=1, slot_decay_per_second=RESTART_DECAY)
-                )
-            try:
-                await self._client.increment_concurrency_slots([RESTARTS], slots=1, mode="concurrency")
-            except httpx.HTTPStatusError as fault:
-                if fault.response.status_code != httpx.codes.LOCKED:
-                    raise
-                raise NotReady("Another job is being restarted at this moment; try again in a moment.") from None
+            if not self._limit_made:
+                with suppress(ObjectAlreadyExists):
+                    await self._client.create_global_concurrency_limit(
+                        GlobalConcurrencyLimitCreate(name=RESTARTS, limit=1, slot_decay_per_second=RESTART_DECAY)
+                    )
+                self._limit_made = True
+            until = time.monotonic() + patience
+            while not await self._slot_taken():
+                if time.monotonic() >= until:
+                    raise NotReady("Another job is being restarted at this moment; try again in a moment.")
+                await asyncio.sleep(0.1)
             since = time.monotonic()
             try:
                 yield
             finally:
                 await self._client.release_concurrency_slots([RESTARTS], 1, time.monotonic() - since)
+
+    async def _slot_taken(self) -> bool:
+        try:
+            await self._client.increment_concurrency_slots([RESTARTS], slots=1, mode="concurrency")
+        except httpx.HTTPStatusError as fault:
+            if fault.response.status_code != httpx.codes.LOCKED:
+                raise
+            return False
+        return True
 
     async def _check_shuts_in(self, block: ComputeEnvironment) -> None:
         """Raises NotReady."""
@@ -755,6 +924,11 @@ class PrefectJobs(Jobs):
         except ObjectNotFound:
             return None
         return max((w.last_heartbeat_time for w in workers if w.last_heartbeat_time), default=None)
+
+
+def _remove_if_there(root: Path, job_id: str) -> None:
+    if os.path.lexists(root / job_id):
+        remove_job(root, job_id)
 
 
 async def _remove_document(block: ComputeEnvironment, parameters: Mapping[str, Any]) -> None:

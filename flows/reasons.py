@@ -12,7 +12,7 @@ SILENT_AFTER: Final = 90.0
 """Seconds without a heartbeat after which a worker counts as away; Prefect's workers report every 30 s."""
 
 STOPPING: Final = "a stop was requested; the algorithm is being ended"
-RESUMING: Final = "the service was shut down while the job ran; it goes on as soon as a worker is free"
+RESUMING: Final = "the job was interrupted; it goes on after its last finished step, as soon as a worker is free"
 
 _LIVE: Final = {
     Status.WARMING_UP: "a worker has taken the job and is starting it",

@@ -46,18 +46,25 @@ EXPIRING: Final = "waited for too long"
 """Message of the state of a run that has been taken out of the queue and whose end is about to be recorded."""
 
 
-def taken_out_of_the_queue() -> State[None]:
+STOPPED_IN_QUEUE: Final = "stopped on request"
+"""The same of a run that is stopped while it waits."""
+
+
+def taken_out_of_the_queue(why: str = EXPIRING) -> State[None]:
     """
-    What is proposed for a run that has waited for too long, and accepted only while it waits.
+    What is proposed for a run that has waited for too long, or is stopped while it waits, and accepted only while it
+    waits.
 
     Prefect lets nobody propose ``Pending``, by this name, for a run that is pending, running, cancelling or cancelled:
-    that is how of several workers one gets a run. So of a worker and of whoever ends the waiting one succeeds.
+    that is how of several workers one gets a run. So of a worker and of whoever ends the waiting one succeeds. A run
+    that is merely said to be cancelled, while a worker is getting it, would be begun all the same.
     """
-    return State(type=StateType.PENDING, name="Pending", message=EXPIRING)
+    return State(type=StateType.PENDING, name="Pending", message=why)
 
 
 def is_taken_out(state: State[Any] | None) -> bool:
-    return state is not None and state.type is StateType.PENDING and state.message == EXPIRING
+    taken_out = (EXPIRING, STOPPED_IN_QUEUE)
+    return state is not None and state.type is StateType.PENDING and state.message in taken_out
 
 
 def expired_in_queue(message: str) -> State[None]:
@@ -90,6 +97,26 @@ def waited(states: Iterable[State[Any]]) -> float:
         elif until is None:
             until = state.timestamp
     return (until - since).total_seconds() if since and until else 0.0
+
+
+def stopped_before_it_began(states: Iterable[State[Any]]) -> bool:
+    """Whether a run was stopped since it was queued the last time, from all *states* it has had."""
+    asked = False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.type is StateType.SCHEDULED:
+            asked = False
+        elif state.type in (StateType.CANCELLING, StateType.CANCELLED):
+            asked = True
+    return asked
+
+
+def has_begun(states: Iterable[State[Any]]) -> bool:
+    """Whether a run has begun since it was queued the last time, from all *states* it has had."""
+    begun = False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.type in (StateType.SCHEDULED, StateType.RUNNING):
+            begun = state.type is StateType.RUNNING
+    return begun
 
 
 SKIPPED: Final = "Skipped"

@@ -103,13 +103,16 @@ def settle(
     keys: Mapping[str, str],
     environments: Mapping[str, ComputeEnvironment],
     published: Collection[int] | None = None,
+    *,
+    logs: bool = False,
 ) -> frozenset[str]:
     """
     Keep of a job's folder what its finished steps have made, and remove all else: what others have begun, and what
     was made for another document. To be called when no step is running.
 
     A step has finished if its result is there and all steps before it have. *published* are the stages whose part is
-    in the store, if that is known: the result of a publication that is gone from there counts for nothing.
+    in the store, if that is known: the result of a publication that is gone from there counts for nothing. With *logs*
+    those stay that the steps which have not finished have left, until the next time.
 
     Returns:
         The names of the finished steps.
@@ -125,7 +128,7 @@ def settle(
         remove(*_results_but(root, job_id, {keys[name] for name in done}))
         remove(*_stages_but(root, job_id, {str(stage.index) for stage in plan.stages}))
     for stage in plan.stages:
-        remove(*_made_by_others(stage, stage_workspace(_root(stage, environments), job_id, stage.index), done))
+        remove(*_made_by_others(stage, stage_workspace(_root(stage, environments), job_id, stage.index), done, logs))
     return frozenset(done)
 
 
@@ -150,10 +153,10 @@ def _stages_but(root: Path, job_id: str, kept: Collection[str]) -> list[Path]:
     return [path for path in found if path.name.isdecimal() and path.name not in kept]
 
 
-def _made_by_others(stage: PlannedStage, workspace: Workspace, done: Collection[str]) -> list[Path]:
+def _made_by_others(stage: PlannedStage, workspace: Workspace, done: Collection[str], logs: bool) -> list[Path]:
     """
-    What the steps of a stage that are not done make. Inputs from here are links to another stage's outputs, which
-    the filter would take for links that lead outside: so they are gone before it looks again.
+    What the steps of a stage that are not done make; with *logs* all but theirs. Inputs from here are links to another
+    stage's outputs, which the filter would take for links that lead outside: so they are gone before it looks again.
     """
     made_by: Mapping[Phase, list[Path]] = {
         Phase.DATA: [workspace.inputs, workspace.ddos],
@@ -162,4 +165,6 @@ def _made_by_others(stage: PlannedStage, workspace: Workspace, done: Collection[
         Phase.FILTER: [workspace.filtering_log],
         Phase.PUBLISH: [workspace.publish_log],
     }
-    return [path for phase, made in made_by.items() if f"{stage.index}/{phase}" not in done for path in made]
+    kept = workspace.all_logs if logs else ()
+    found = [path for phase, made in made_by.items() if f"{stage.index}/{phase}" not in done for path in made]
+    return [path for path in found if path not in kept]

@@ -1,7 +1,8 @@
 """
-A worker of type ``warm-process``: a Prefect process worker that begins a run within a fraction of a second.
+A worker of type ``warm-process``: a Prefect process worker that begins a run within a fraction of a second, and loses
+none.
 
-Two things differ from Prefect's own worker of type ``process``.
+Three things differ from Prefect's own worker of type ``process``.
 
 **It is woken.** It listens to the server's events and asks for work as soon as a run of its pool is scheduled or a
 slot is free. Asking every ``PREFECT_WORKER_QUERY_SECONDS`` stays, for events that were lost.
@@ -16,9 +17,14 @@ settings and its logging among it) is what the run would have read itself. There
 met. It has one thread and one socket, and learns nothing about a run: what to run is read by the child. Nothing of
 one run can reach another, then; each is a fresh fork, leads a session of its own and ends as an interpreter ends.
 
-Everything else is Prefect's: claiming runs, slots, heartbeat, cancellation, hooks, what a bad exit code means. A run
-that this cannot be done for is given to Prefect's own code: one whose deployment has pull steps or an entrypoint in
-a file, one with a command of its own, and any run while no fork server will start.
+**It reconciles.** What it runs ends with it, however it ends. So at its start it takes up what it ran before, and from
+then on every few seconds what was lost since: see ``flows.reconcile``. A run whose process ended unexpectedly goes back
+into the queue as well, and so does what is running when the worker is told to end. That holds for jobs; other runs
+crash, as with Prefect's worker.
+
+Everything else is Prefect's: claiming runs, slots, heartbeat, cancellation, hooks. A run that this cannot be done for
+is given to Prefect's own code: one whose deployment has pull steps or an entrypoint in a file, one with a command of
+its own, and any run while no fork server will start.
 
 Linux only, as the sandbox is.
 """
@@ -28,6 +34,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -43,21 +50,28 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+from urllib.parse import quote
 from uuid import UUID
 
 import anyio
 import anyio.abc
 import httpx
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter, EventResourceFilter
 from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import Abort
 from prefect.flows import load_flow_from_flow_run
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.utilities.engine import propose_state
+from prefect.workers.base import BaseWorkerResult
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 from pydantic import PrivateAttr
 
@@ -70,6 +84,7 @@ from prefect.runner._flow_run_executor import FlowRunExecutionResult, FlowRunExe
 from prefect.runner._hook_runner import HookRunner
 from prefect.runner._process_manager import ProcessHandle
 from prefect.runner._starter_engine import EngineCommandStarter
+from prefect.runner._state_proposer import StateProposer
 
 if TYPE_CHECKING:
     from prefect.runner._control_channel import ControlChannel
@@ -90,6 +105,18 @@ SHUTDOWN_GRACE: Final = 8.0
 
 SECOND_LOOK_SECONDS: Final = 0.3
 """After an event that there was no work for."""
+
+RECONCILE_SECONDS: Final = 5.0
+"""Between two looks at the runs of the pool."""
+
+UPKEEP_EVERY: Final = 4
+"""Looks at the runs between two looks at the folders of jobs, and at what was left half done."""
+
+HAND_BACK_SECONDS: Final = 5.0
+"""For telling Prefect of a run that is handed back; if it cannot be told, the next worker of this name finds out."""
+
+EXIT_SECONDS: Final = 5.0
+"""For sending what was logged, at the end of a worker."""
 
 SERVERS: Final = 4
 """Environments that a fork server is kept for; beyond it the one not used for longest goes."""
@@ -454,8 +481,10 @@ class ForkStarter:
         configuration: WarmJobConfiguration,
         cwd: Path,
         control_channel: ControlChannel,
+        worker: str,
     ) -> None:
         self._servers = servers
+        self._worker = worker
         self._configuration = configuration
         self._cwd = cwd
         self._control_channel = control_channel
@@ -481,7 +510,11 @@ class ForkStarter:
         except BaseException:
             # The worker is being ended.
             with anyio.CancelScope(shield=True):
-                await self._relinquish(flow_run, run)
+                with anyio.move_on_after(drain_seconds()):
+                    await run.follow()
+                await self.relinquish(flow_run, run)
+                with anyio.move_on_after(HAND_BACK_SECONDS):
+                    await _hand_back(flow_run.id, self._worker)
             raise
         finally:
             server.release()
@@ -509,9 +542,9 @@ class ForkStarter:
                 self.run.signal_all(signal.SIGKILL)
             await self.run.ended.wait()
 
-    async def _relinquish(self, flow_run: FlowRun, run: ForkedRun) -> None:
+    async def relinquish(self, flow_run: FlowRun, run: ForkedRun) -> None:
         """
-        End the run and leave its state as it is: whoever ended the worker hands it to another.
+        End the run, which leaves its state as it is.
 
         Prefect's worker kills it outright. This lets it stop what it has begun elsewhere, in a container say.
         """
@@ -547,6 +580,69 @@ class ForkStarter:
         await starter.start(flow_run, task_status=task_status)
 
 
+def drain_seconds() -> float:
+    """How long a worker that is told to end waits for its runs to end by themselves: ``$C2D_DRAIN_SECONDS``, else 0."""
+    return float(os.environ.get("C2D_DRAIN_SECONDS") or 0)
+
+
+async def _hand_back(run_id: UUID, worker: str) -> None:
+    """Put a run of a worker that ends back into the queue; one that has ended in time stays as it is."""
+    from flows.reconcile import HANDED_BACK, give_up  # noqa: PLC0415 - nothing for a fork server
+
+    with contextlib.suppress(httpx.HTTPError), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        async with get_client() as client:
+            await give_up(client, run_id, HANDED_BACK, worker=worker)
+
+
+def _end_soon() -> None:
+    """
+    End this process, which has been told to, after a while at the latest.
+
+    Nothing is left to do but to send what was logged; Prefect tries that for a minute where the server is away.
+    """
+    timer = threading.Timer(EXIT_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One time that a run is run here, from its claim to the end of its process."""
+
+    run_id: UUID
+    context: FlowRunExecutorContext | None = None
+    starter: ForkStarter | None = None
+    left: bool = False
+    """Another worker has the run now."""
+
+
+_ATTEMPT: Final[ContextVar[Attempt]] = ContextVar("attempt")
+
+
+class Proposer(StateProposer):
+    """Prefect's, but what it would call crashed is given up: a job goes back into the queue."""
+
+    def __init__(self, client: PrefectClient, worker: str, attempt: Attempt | None) -> None:
+        super().__init__(client=client)
+        self._api = client
+        self._worker = worker
+        self._attempt = attempt
+
+    async def propose_crashed(self, flow_run: FlowRun, message: str) -> State[Any] | None:
+        from flows.reconcile import DIED, give_up  # noqa: PLC0415 - nothing for a fork server
+
+        if self._attempt is not None and self._attempt.left:
+            return None
+        try:
+            state = await give_up(self._api, flow_run.id, DIED, message, worker=self._worker)
+        except httpx.HTTPError:
+            # The server is away as well: the run is found to be lost when it is back.
+            self._logger.warning("flow run %s: %s; Prefect cannot be told yet", flow_run.id, message)
+            return None
+        self._logger.warning("flow run %s: %s; now %s", flow_run.id, message, state.name if state else "as it was")
+        return state if state is not None and state.is_crashed() else None
+
+
 class _Hooks(HookRunner):
     """
     Prefect's, but a run that is stopped has ended before its hooks are run and it is said to be cancelled.
@@ -563,6 +659,33 @@ class _Hooks(HookRunner):
         await super().run_cancellation_hooks(flow_run, state)
 
 
+@contextlib.contextmanager
+def own_name(name: str | None, work_pool: str) -> Iterator[str]:
+    """
+    The name of a worker, while this is entered: *name*, else one that is the same at the next start on this machine.
+
+    Raises:
+        RuntimeError: A worker named *name* is there already. They would take each other's runs for lost ones.
+    """
+    from blocks.environment import state_folder  # noqa: PLC0415 - nothing for a fork server
+
+    folder = state_folder() / "workers"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for n in count(1):
+        found = name or f"{socket.gethostname()}-{n}"
+        with (folder / f"{quote(work_pool, safe='')}-{quote(found, safe='')}").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if name:
+                    raise RuntimeError(
+                        f"a worker named {name} serves {work_pool} already; choose another name"
+                    ) from None
+                continue
+            yield found
+            return
+
+
 class WarmProcessWorker(ProcessWorker):
     """See the module."""
 
@@ -575,12 +698,17 @@ class WarmProcessWorker(ProcessWorker):
     )
     _documentation_url = ""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, work_pool_name: str, *, name: str | None = None, **more: Any) -> None:
+        # The same at the next start, so that what this one leaves is known for its own.
+        self._names = contextlib.ExitStack()
+        own = self._names.enter_context(own_name(name, work_pool_name))
+        super().__init__(work_pool_name, name=own, **more)
         self._servers = ForkServers(self._logger.warning)
         self._wanted = asyncio.Event()
         self._asking = asyncio.Lock()
         self._listening = False
+        self._reachable = True
+        self._attempts: list[Attempt] = []
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
@@ -594,13 +722,33 @@ class WarmProcessWorker(ProcessWorker):
         finally:
             with anyio.CancelScope(shield=True):
                 await self._servers.close()
+            self._names.close()
+            if isinstance(exc_info[1], asyncio.CancelledError):
+                _end_soon()
 
     # ---- woken
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Ask for work and take it. One at a time: an answer that is old must not be acted upon after a new one."""
         async with self._asking:
-            return await super().get_and_submit_flow_runs()
+            try:
+                runs = await super().get_and_submit_flow_runs()
+            except httpx.HTTPError as problem:
+                if isinstance(problem, httpx.HTTPStatusError) and problem.response.status_code < 500:
+                    raise
+                # Said once, and never a reason to end, as it is for Prefect's loop after a while: runs are in progress.
+                level = logging.WARNING if self._reachable else logging.DEBUG
+                self._logger.log(level, "no work can be had until the server answers: %s", problem)
+                self._reachable = False
+                return []
+        self._reachable = True
+        return runs
+
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        # No retries: we ask again anyway, and who waits for a retry asks late when the server is back. For this alone:
+        # what is begun here has these settings from us.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            return await super()._get_scheduled_flow_runs()
 
     def _beside(self, service: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run *service* until the worker is torn down."""
@@ -619,6 +767,7 @@ class WarmProcessWorker(ProcessWorker):
         if self._has_successfully_synced and not self._listening:
             self._listening = True
             self._beside(self._listen)
+            self._beside(self._reconcile)
 
     def _release_limit_slot(self, flow_run_id: UUID) -> None:
         super()._release_limit_slot(flow_run_id)
@@ -668,6 +817,92 @@ class WarmProcessWorker(ProcessWorker):
             any_resource=EventAnyResourceFilter(id=[f"prefect.work-pool.{self.work_pool.id}"]),
         )
 
+    # ---- reconciling
+
+    async def _reconcile(self) -> None:
+        """Look after what was lost, until the worker is torn down."""
+        # Nothing for a fork server.
+        from flows.compute import key_file  # noqa: PLC0415
+        from flows.errors import NotReady  # noqa: PLC0415
+        from flows.prefect_jobs import PrefectJobs  # noqa: PLC0415
+        from flows.reconcile import Reconciler  # noqa: PLC0415
+        from flows.sealing import Seal  # noqa: PLC0415
+
+        reconciler = Reconciler(
+            client=self.client,
+            jobs=lambda: PrefectJobs(self.client, Seal.from_file(key_file()), local_workers=True),
+            work_pool=self._work_pool_name,
+            worker=self.name,
+            live=lambda: self._submitting_flow_run_ids | {attempt.run_id for attempt in self._attempts},
+            stop=self._stop_late,
+            leave=self._leave,
+            logger=self._logger,
+        )
+        for n in count():
+            try:
+                # No retries, as above.
+                with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+                    if await reconciler.runs():
+                        self._wanted.set()
+                    if n % UPKEEP_EVERY == 0:
+                        await reconciler.upkeep()
+                        await reconciler.folders()
+            except Exception as problem:
+                # Whatever it is, the next round may go well, and nobody else would do this.
+                self._logger.log(
+                    logging.DEBUG if isinstance(problem, httpx.HTTPError | NotReady) else logging.ERROR,
+                    "what is lost could not be looked for: %r",
+                    problem,
+                )
+            await anyio.sleep(RECONCILE_SECONDS)
+
+    async def _stop_late(self, run_id: UUID) -> None:
+        """Stop a run whose stop Prefect's own observer has not been told of."""
+        for attempt in self._attempts:
+            if attempt.run_id == run_id and attempt.context is not None:
+                await attempt.context._cancellation_manager.cancel_by_id(run_id)
+
+    async def _leave(self, run_id: UUID) -> None:
+        """End a run of ours that another worker has now."""
+        for attempt in self._attempts:
+            if attempt.run_id == run_id and attempt.starter is not None and attempt.starter.run is not None:
+                attempt.left = True
+                with contextlib.suppress(ProcessLookupError):
+                    attempt.starter.run.signal_all(signal.SIGKILL)
+
+    async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+        """Prefect's, but the claim says whose it is."""
+        from flows.reconcile import claimed  # noqa: PLC0415 - nothing for a fork server
+
+        try:
+            state: State[Any] = await propose_state(self.client, claimed(self.name), flow_run_id=flow_run.id)
+        except Abort:
+            return False  # another worker was first
+        except Exception as problem:
+            # If it was claimed all the same, it is found to be lost.
+            self._logger.warning("flow run %s could not be claimed: %s", flow_run.id, problem)
+            return False
+        return state.is_pending()
+
+    async def _submit_run_and_capture_errors(
+        self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int | Exception] | None = None
+    ) -> BaseWorkerResult | Exception:
+        attempt = Attempt(flow_run.id)
+        _ATTEMPT.set(attempt)  # in a task of its own, which ends with this
+        self._attempts.append(attempt)
+        try:
+            return await super()._submit_run_and_capture_errors(flow_run, task_status)
+        finally:
+            self._attempts.remove(attempt)
+
+    async def _propose_crashed_state(
+        self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
+    ) -> None:
+        """A run that could not be begun is given up; of one that was begun, its executor has told."""
+        attempt = _ATTEMPT.get(None)
+        if attempt is None or attempt.context is None:
+            await Proposer(client or self.client, self.name, attempt).propose_crashed(flow_run, message)
+
     # ---- forking
 
     async def _warm_up(self) -> None:
@@ -700,7 +935,10 @@ class WarmProcessWorker(ProcessWorker):
     ) -> FlowRunExecutionResult | None:
         result: FlowRunExecutionResult | None = None
         async with FlowRunExecutorContext() as context, anyio.create_task_group() as tasks:
-            starter = ForkStarter(self._servers, configuration, cwd, context.control_channel)
+            attempt = _ATTEMPT.get()
+            context._state_proposer = Proposer(context.client, self.name, attempt)
+            starter = ForkStarter(self._servers, configuration, cwd, context.control_channel, self.name)
+            attempt.context, attempt.starter = context, starter
             executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=_Hooks(starter))
 
             async def execute(task_status: anyio.abc.TaskStatus[ProcessHandle]) -> None:

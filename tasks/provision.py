@@ -32,6 +32,7 @@ from blocks.limits import FetchLimits
 from blocks.provider import AssetFile, FoundAsset, Providers, providers
 from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, remotes, tries
 from tasks.results import open_regular, regular_files
+from tasks.stopping import NEVER, go_on
 from tasks.workspace import Workspace
 
 SECONDS_BETWEEN_REPORTS: Final = 0.2
@@ -196,7 +197,7 @@ def fetch_algorithm(
     return fetched
 
 
-def link_stage_outputs(outputs: Path, into: Path) -> tuple[FetchedFile, ...]:
+def link_stage_outputs(outputs: Path, into: Path, *, stop: Event = NEVER) -> tuple[FetchedFile, ...]:
     """
     Give a stage's outputs to a later stage as ``<into>/<the same relative path>``.
 
@@ -206,16 +207,20 @@ def link_stage_outputs(outputs: Path, into: Path) -> tuple[FetchedFile, ...]:
 
     Returns:
         One per file, sorted by path; *position* is the place in that order, *input_id* the name of *into*.
+
+    Raises:
+        Stopped: *stop* was set, from any thread.
     """
     linked = []
     into.mkdir(parents=True, exist_ok=True)
     for position, relative in enumerate(regular_files(outputs)):
+        go_on(stop)
         started = time.monotonic()
         target = into / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         with open_regular(outputs, relative) as source:
-            size, digest = _link_or_copy(source, outputs / relative, target)
+            size, digest = _link_or_copy(source, outputs / relative, target, stop)
         linked.append(FetchedFile(into.name, position, size, digest, None, time.monotonic() - started))
     return tuple(linked)
 
@@ -258,7 +263,7 @@ def _folder_name(did: str) -> str:
     return name
 
 
-def _link_or_copy(source: BufferedReader, path: Path, target: Path) -> tuple[int, str]:
+def _link_or_copy(source: BufferedReader, path: Path, target: Path, stop: Event) -> tuple[int, str]:
     # A file written the careful way, by mkstemp and rename, is 0600; the next stage may be another user, and a linked
     # file is not handed over to it. What keeps others out is the job's folder.
     os.fchmod(source.fileno(), stat.S_IMODE(os.fstat(source.fileno()).st_mode) | 0o444)
@@ -269,18 +274,23 @@ def _link_or_copy(source: BufferedReader, path: Path, target: Path) -> tuple[int
         if error.errno not in {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}:
             raise
     else:
-        return source.seek(0, os.SEEK_END), _sha256(source)
+        return source.seek(0, os.SEEK_END), _sha256(source, stop)
     digest = hashlib.sha256()
     with target.open("wb") as copy:
         while chunk := source.read(CHUNK):
+            go_on(stop)
             digest.update(chunk)
             copy.write(chunk)
         return copy.tell(), digest.hexdigest()
 
 
-def _sha256(source: BufferedReader) -> str:
+def _sha256(source: BufferedReader, stop: Event) -> str:
     source.seek(0)
-    return hashlib.file_digest(source, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    while chunk := source.read(CHUNK):
+        go_on(stop)
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 # From here on: the machinery of fetching.

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +22,8 @@ from fnmatch import fnmatchcase
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from threading import Event
+from typing import BinaryIO, Final, cast
 
 import puremagic
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +31,7 @@ from pydantic_core import from_json
 
 from blocks.limits import MIB, FilterLimits
 from blocks.store import Kind, Manifest, ManifestFile, ResultStore, StoreUnavailable
+from tasks.stopping import NEVER, Stoppable, go_on
 
 LONGEST_PATH: Final = 900
 """Bytes of a relative path; object stores take keys of 1024."""
@@ -126,17 +128,20 @@ class _Found:
         return self.status.st_dev, self.status.st_ino
 
 
-def filter_outputs(outputs: Path, logs: Iterable[Path], limits: FilterLimits) -> FilterReport:
+def filter_outputs(outputs: Path, logs: Iterable[Path], limits: FilterLimits, *, stop: Event = NEVER) -> FilterReport:
     """
     Decide which files under *outputs* may leave, and cut each of *logs* to ``log_bytes``.
 
     Links, special files and names no other machine would take are left behind and named. More files, bytes or
     other types than *limits* allow withhold everything. Pure but for the logs; safe to repeat.
+
+    Raises:
+        Stopped: *stop* was set, from any thread.
     """
     for log in logs:
         cut_log(log, limits.log_bytes)
     # Ten entries for each file allowed: folders and links count too, and there is no end to them otherwise.
-    entries, complete = _entries(outputs, 10 * limits.files)
+    entries, complete = _entries(outputs, 10 * limits.files, stop)
     refused = _Refusals()
     if not complete:
         refused.add("", Rule.COUNT, f"more than {10 * limits.files} files and folders")
@@ -161,7 +166,7 @@ def filter_outputs(outputs: Path, logs: Iterable[Path], limits: FilterLimits) ->
             refused.add(entry.path, Rule.SIZE, f"{size} bytes, {limits.file_bytes} are allowed")
             continue
         with open_regular(outputs, entry.path) as file:
-            found = media_type(file)
+            found = media_type(cast(BinaryIO, Stoppable(file, stop)))
         if limits.types and not any(fnmatchcase(found, pattern) for pattern in limits.types):
             refused.add(entry.path, Rule.TYPE, f"{found} is not among the types allowed")
         else:
@@ -225,11 +230,11 @@ def _name_problem(path: str) -> str | None:
 
 def regular_files(root: Path) -> Iterator[str]:
     """Relative POSIX paths of the regular files under *root*, sorted; links are neither listed nor followed."""
-    entries, _ = _entries(root, None)
+    entries, _ = _entries(root, None, NEVER)
     return (entry.path for entry in entries if entry.is_regular)
 
 
-def _entries(root: Path, most: int | None) -> tuple[list[_Found], bool]:
+def _entries(root: Path, most: int | None, stop: Event) -> tuple[list[_Found], bool]:
     """
     Everything under *root* but folders, sorted by path, and whether that is all; stops after *most* entries.
 
@@ -242,6 +247,7 @@ def _entries(root: Path, most: int | None) -> tuple[list[_Found], bool]:
         folder = folders.pop()
         with os.scandir(root / folder) as entries:
             for entry in entries:
+                go_on(stop)
                 seen += 1
                 if most is not None and seen > most:
                     return found, False
@@ -430,6 +436,8 @@ def publish_outputs(
     logs: Mapping[Kind, Path],
     publish_output: bool,
     publish_algorithm_log: bool,
+    stop: Event = NEVER,
+    before_it_shows: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """
     Store what a stage may show, a few files at a time, then its manifest, which makes it visible.
@@ -441,11 +449,15 @@ def publish_outputs(
     Returns:
         The stage's part of the job's manifest, as stored.
 
+    *before_it_shows* is called when all but the manifest is there; what it raises keeps that back.
+
     Raises:
         PublishFailed: The store failed, or an output is not what it was when it was filtered.
+        Stopped: *stop* was set, from any thread, before the manifest was there. What the store is at is still waited
+            for.
     """
     chosen = report.allowed if publish_output and report.passed else ()
-    send = partial(_send, store, job_id, stage)
+    send = partial(_send, store, job_id, stage, stop=stop)
 
     def send_output(numbered: tuple[int, OutputFile]) -> ManifestFile:
         number, output = numbered
@@ -453,6 +465,7 @@ def publish_outputs(
             with open_regular(outputs, output.path) as file:
                 return send(file, Kind.OUTPUT, path=output.path, media_type=output.media_type)
         except StoreUnavailable as error:
+            go_on(stop)
             cause = str(error)
         except OSError:
             cause = "it cannot be read any more"
@@ -480,8 +493,11 @@ def publish_outputs(
             logs[Kind.PUBLISH_LOG].write_text(_publish_log(files), encoding="utf-8")
             files.append(send_log(Kind.PUBLISH_LOG, logs[Kind.PUBLISH_LOG]))
         part = Manifest(files=tuple(files), created=datetime.now(UTC))
+        go_on(stop)
+        before_it_shows()
         store.publish_manifest(job_id, stage, part)
     except StoreUnavailable as error:
+        go_on(stop)
         failure = str(error)
     if failure is not None:
         raise PublishFailed(f"logs and manifest: {failure}")
@@ -495,11 +511,13 @@ def _publish_log(files: Iterable[ManifestFile]) -> str:
 
 
 def _send(
-    store: ResultStore, job_id: str, stage: int, file: BinaryIO, kind: Kind, *, path: str, media_type: str
+    store: ResultStore, job_id: str, stage: int, file: BinaryIO, kind: Kind, *, path: str, media_type: str, stop: Event
 ) -> ManifestFile:
+    go_on(stop)
     # The kind is part of the name: an output may be called like a log.
     name = f"{stage}/{kind}/{path}"
-    stored = store.put_stream(job_id, name, file)
+    # What it raises then is to the store an error like any other, and the caller knows better.
+    stored = store.put_stream(job_id, name, cast(BinaryIO, Stoppable(file, stop)))
     return ManifestFile(
         path=path,
         name=name,

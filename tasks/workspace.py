@@ -85,6 +85,10 @@ class Workspace:
         return self.root / "publish.log"
 
     @property
+    def all_logs(self) -> tuple[Path, ...]:
+        return self.logs, self.algorithm_log, self.configuration_log, self.filtering_log, self.publish_log
+
+    @property
     def folders(self) -> Folders:
         """The same tree as a runner wants it."""
         return Folders(
@@ -174,9 +178,7 @@ def sweep(root: Path, keep_seconds: float) -> list[str]:
         subprocess.CalledProcessError: Something could not be removed.
     """
     removed = []
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        if not _JOB_ID.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
-            continue
+    for folder in _folders(root):
         lock = folder / _LOCK
         with suppress(FileNotFoundError, PermissionError), lock.open("r" if lock.exists() else "a+") as file:
             try:
@@ -187,6 +189,35 @@ def sweep(root: Path, keep_seconds: float) -> list[str]:
                 remove_job(root, folder.name)
                 removed.append(folder.name)
     return removed
+
+
+def job_ids(root: Path) -> list[str]:
+    """The jobs that have a folder here."""
+    return [folder.name for folder in _folders(root)]
+
+
+def discard(root: Path, job_id: str) -> bool:
+    """
+    Remove the folder of a job unless a process works in it. Returns whether it was removed.
+
+    Raises:
+        subprocess.CalledProcessError: Something could not be removed.
+    """
+    with suppress(FileNotFoundError), (root / job_id / _LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        remove_job(root, job_id)
+        return True
+    return False
+
+
+def _folders(root: Path) -> list[Path]:
+    found = sorted(root.iterdir()) if root.is_dir() else []
+    return [
+        folder for folder in found if _JOB_ID.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink()
+    ]
 
 
 def _is_in_place(root: Path, job_id: str, file: IO[str]) -> bool:

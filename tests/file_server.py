@@ -29,6 +29,7 @@ class _File:
     size: int
     status: int = 200
     delay: float = 0.0
+    pause: float = 0.0
     hang: bool = False
     drop_after: int | None = None
     redirect_to: str | None = None
@@ -123,6 +124,7 @@ class FileServer:
         name: str | None = None,
         status: int = 200,
         delay: float = 0.0,
+        pause: float = 0.0,
         hang: bool = False,
         drop_after: int | None = None,
         redirect_to: str | None = None,
@@ -136,7 +138,7 @@ class FileServer:
         Serve one more file and return its URL.
 
         *size*: so many zero bytes, made as they are sent, instead of *body*.
-        *delay*: seconds before the answer. *hang*: no answer at all.
+        *delay*: seconds before the answer. *pause*: seconds after each piece of the body. *hang*: no answer at all.
         *drop_after*: the connection is cut after so many bytes of a body announced in full.
         *fail_times*: so many requests are answered 503 first. *headers*: of every answer, also of those 503.
         *redirect_to* with a *status* redirects with that one. *methods*: others are answered 405. *wants*: requests
@@ -149,6 +151,7 @@ class FileServer:
             _length(body) if size is None else size,
             status=status,
             delay=delay,
+            pause=pause,
             hang=hang,
             drop_after=drop_after,
             redirect_to=redirect_to,
@@ -231,5 +234,6 @@ class FileServer:
                 return response
             await response.write(chunk)
             sent += len(chunk)
+            await asyncio.sleep(file.pause)
         await response.write_eof()
         return response

@@ -49,7 +49,12 @@ def one(id: str, *, pool: str = "", offer: dict[str, object] | None = None, **mo
 def test_what_this_checkout_offers() -> None:
     """prefect.yaml defines one environment with the limits it says, on a pool that is one of its deployments."""
     (only,) = read_definitions(ROOT / "prefect.yaml")
-    assert ("default", "c2d", "warm-process", 2) == (only.offer.id, only.work_pool, only.work_pool_type, only.offer.max_jobs)
+    assert ("default", "c2d", "warm-process", 2) == (
+        only.offer.id,
+        only.work_pool,
+        only.work_pool_type,
+        only.offer.max_jobs,
+    )
     assert (3600, 2 * GIB, 10 * GIB) == (
         only.offer.limits.seconds,
         only.offer.limits.memory_bytes,

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,8 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.client.schemas.actions import ArtifactCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Pending
@@ -34,9 +35,9 @@ from flows.errors import (
     ResultsExpired,
 )
 from flows.jobs import Expiry, Job, JobQuery, Jobs, MemoryJobs
-from flows.prefect_jobs import KEPT, REMOVAL_SECONDS, REMOVING, PrefectJobs
+from flows.prefect_jobs import DELETING, KEPT, REMOVAL_SECONDS, REMOVING, PrefectJobs
 from flows.sealing import Seal, create_key_file
-from flows.states import taken_out_of_the_queue
+from flows.states import STOPPED_IN_QUEUE, taken_out_of_the_queue
 from flows.status import Status
 from flows.workflow import Workflow, parse_workflow
 from tests import documents
@@ -330,6 +331,32 @@ async def test_only_what_matches_is_stopped(jobs: Jobs) -> None:
     assert {first.id, second.id}.isdisjoint(job.id for job in await jobs.running())
 
 
+async def test_stopping_by_agreement(jobs: Jobs) -> None:
+    """Ends the job of exactly that agreement: not those of the same owner, nor one whose agreement begins the same."""
+    owner, agreement = f"0x{uuid4().hex}", uuid4().hex
+    meant = await jobs.submit(document(owner=owner, agreement=agreement))
+    others = [
+        await jobs.submit(document(owner=owner, agreement=other))
+        for other in (f"{agreement}1", agreement[:-1], agreement.upper())
+    ]
+    assert [] == await jobs.stop(JobQuery(agreement_id=agreement, owner=f"{owner}0"))
+    assert [meant.id] == [job.id for job in await jobs.stop(JobQuery(agreement_id=agreement))]
+    assert [Status.STOPPED] == [job.status for job in await jobs.find(by_id(meant))]
+    assert {job.id for job in others} <= {job.id for job in await jobs.running()}
+    await jobs.delete(JobQuery(owner=owner))
+
+
+async def test_stopping_by_owner_leaves_the_ended_as_they_are(jobs: Jobs) -> None:
+    """One that was stopped before, with what it has published, is answered with the others and unchanged."""
+    owner = f"0x{uuid4().hex}"
+    before = await ended(jobs, owner=owner)
+    going = await jobs.submit(document(owner=owner))
+    after = await jobs.stop(JobQuery(owner=owner))
+    assert [before.id, going.id] == [job.id for job in after]
+    assert before == after[0]
+    assert ["x.txt"] == [each.filename for each in after[0].results]
+
+
 # Restarting.
 
 
@@ -454,6 +481,73 @@ async def test_only_what_matches_is_deleted(jobs: Jobs) -> None:
     assert [] == await jobs.delete(JobQuery(job_id=other.id, owner=mine.owner))
     assert [mine.id] == [job.id for job in await jobs.delete(JobQuery(owner=mine.owner))]
     assert other == await only(jobs.find(by_id(other)))
+
+
+async def cut_off(jobs: Jobs, job: Job) -> None:
+    """The deletion of *job* has been begun, and whoever began it is gone."""
+    if isinstance(jobs, MemoryJobs):
+        jobs.begin_deletion(job.id)
+        return
+    async with get_client() as client:
+        tags = (await client.read_flow_run(UUID(job.id))).tags
+        await client.update_flow_run(UUID(job.id), tags=[*tags, DELETING])
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_a_job_that_is_being_deleted_is_unknown(jobs: Jobs, has_ended: bool) -> None:
+    """From the first moment on, to everybody; only its agreement is not free before all of it is gone."""
+    wanted = document()
+    job = await jobs.submit(wanted)
+    if has_ended:
+        await published(jobs, job)
+        await jobs.stop(by_id(job))
+    await cut_off(jobs, job)
+    for query in (by_id(job), JobQuery(agreement_id=job.agreement_id), JobQuery(owner=job.owner)):
+        assert ([], []) == (await jobs.find(query), await jobs.stop(query))
+    assert job.id not in [each.id for each in await jobs.running()]
+    for call in (jobs.read(job.id, 0, 0, 1), jobs.restart(job.id), jobs.restart(job.id, wanted)):
+        with pytest.raises(JobNotFound):
+            await call
+    for again in (wanted, document(agreement=job.agreement_id)):
+        with pytest.raises(NotReady, match="being deleted"):
+            await jobs.submit(again)
+    assert Status.DELETED is (await only(jobs.delete(by_id(job)))).status
+    assert [] == await jobs.delete(by_id(job))
+    assert job.id != (await jobs.submit(wanted)).id
+    await jobs.delete(JobQuery(agreement_id=job.agreement_id))
+
+
+async def test_a_deletion_that_was_cut_off_is_finished(jobs: Jobs) -> None:
+    """By the next round, for the environments it is about; what is not being deleted is left alone."""
+    going, other, elsewhere = [await jobs.submit(document(environment=name)) for name in (ENVIRONMENT, FADING, FADING)]
+    done = await ended(jobs)
+    for job in (going, done, elsewhere):
+        await cut_off(jobs, job)
+    finished = await jobs.finish_deletions(ENVIRONMENT)
+    assert {going.id, done.id} == {job.id for job in finished.removed}
+    assert () == finished.failed
+    assert Expiry() == await jobs.finish_deletions(ENVIRONMENT)
+    assert [elsewhere.id] == [job.id for job in (await jobs.finish_deletions()).removed]
+    assert [] == await jobs.delete(by_id(going)) == await jobs.delete(by_id(done))
+    assert [other.id] == [job.id for job in await jobs.delete(by_id(other))]
+
+
+async def test_a_bounded_number_of_deletions_is_finished_at_a_time(jobs: Jobs) -> None:
+    """The next round goes on."""
+    begun = [await jobs.submit(document()) for _ in range(3)]
+    for job in begun:
+        await cut_off(jobs, job)
+    rounds = [[job.id for job in (await jobs.finish_deletions(ENVIRONMENT, most=2)).removed] for _ in range(3)]
+    assert [2, 1, 0] == [len(found) for found in rounds]
+    assert {job.id for job in begun} == {job for found in rounds for job in found}
+
+
+async def test_deletions_at_once(jobs: Jobs) -> None:
+    """However many delete a job at the same time, it is gone, and each is told so or that there is none."""
+    job = await ended(jobs)
+    answers = await asyncio.gather(*(jobs.delete(by_id(job)) for _ in range(4)))
+    assert {Status.DELETED} == {told.status for answer in answers for told in answer}
+    assert [] == await jobs.delete(by_id(job))
 
 
 # Environments and results.
@@ -743,6 +837,90 @@ async def test_a_removal_that_was_cut_off(prefect_jobs: PrefectJobs) -> None:
         assert {*tags} - {KEPT} == {*(await client.read_flow_run(UUID(job.id))).tags}
     assert Status.WARMING_UP is (await prefect_jobs.restart(job.id)).status
     await prefect_jobs.delete(by_id(job))
+
+
+@pytest.mark.server
+async def test_a_deletion_that_cannot_be_finished(
+    prefect_jobs: PrefectJobs, prefect_server: PrefectServer, tmp_path: Path
+) -> None:
+    """
+    While a store is away it is NotReady, however often it is asked for, and the job stays unknown; it is finished once
+    the store is back. Meanwhile nothing of the job expires.
+    """
+    job = await ended(prefect_jobs, environment=FADING)
+    await past(job)
+    async with get_client() as client:
+        block = (await load_environments(client))[FADING]
+        (tmp_path / "file").touch()
+        away = block.model_copy(update={"results": f"file://{tmp_path}/file/results"})
+        await away.save(FADING, overwrite=True)
+        try:
+            async with over_prefect(prefect_server) as others:
+                for _ in range(2):
+                    with pytest.raises(NotReady, match="store"):
+                        await others.delete(by_id(job))
+                assert [job.id] == [each.id for each in (await others.finish_deletions()).failed]
+                assert [] == await others.find(by_id(job))
+                assert job.id not in [each.id for each in (await others.expire(FADING)).failed]
+        finally:
+            await block.save(FADING, overwrite=True)
+    async with over_prefect(prefect_server) as others:
+        assert Status.DELETED is (await only(others.delete(by_id(job)))).status
+        assert [] == await others.delete(by_id(job))
+    assert not stored(job.id)
+
+
+@pytest.mark.server
+async def test_a_stop_that_was_cut_off(prefect_jobs: PrefectJobs) -> None:
+    """Taken out of the queue to be stopped, and who did it is gone: the next that looks stops the job."""
+    job = await prefect_jobs.submit(document())
+    async with get_client() as client:
+        await client.set_flow_run_state(UUID(job.id), taken_out_of_the_queue(STOPPED_IN_QUEUE))
+        assert not await taken(client, job)
+    told = await only(prefect_jobs.find(by_id(job)))
+    assert (Status.STOPPED, 1, "stopped on request") == (told.status, told.stop_request, told.reason)
+    await prefect_jobs.delete(by_id(job))
+
+
+@pytest.mark.server
+async def test_a_worker_and_a_stop_at_the_same_time(prefect_jobs: PrefectJobs) -> None:
+    """Whichever comes first: a job told as stopped is not given to a worker any more."""
+    waiting = [await prefect_jobs.submit(document()) for _ in range(6)]
+    async with get_client() as client:
+        for job in waiting:
+            begun, _ = await asyncio.gather(taken(client, job), stopped_or_asked_to(prefect_jobs, job))
+            if not begun:
+                assert Status.STOPPED is (await only(prefect_jobs.find(by_id(job)))).status
+                assert not await taken(client, job)
+
+
+async def stopped_or_asked_to(jobs: Jobs, job: Job) -> None:
+    """A job that a worker has got is not waited for here: there is none that would end it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(2.0):
+            await jobs.stop(by_id(job))
+
+
+@pytest.mark.server
+async def test_prefect_keeps_nothing_of_a_deleted_job(prefect_jobs: PrefectJobs, prefect_server: PrefectServer) -> None:
+    """Nor artifacts, which Prefect leaves when their run is deleted; those of other jobs stay."""
+    job, other = [await prefect_jobs.submit(document()) for _ in range(2)]
+    async with PrefectClient(prefect_server.api) as client:
+        for run_id in (UUID(job.id), UUID(other.id)):
+            for n in range(3):
+                artifact = ArtifactCreate(key=f"results-{n}", type="table", data="[]", flow_run_id=run_id)
+                await client.create_artifact(artifact)
+        await prefect_jobs.delete(by_id(job))
+        counts = [
+            len(
+                await client.read_artifacts(
+                    artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[UUID(each.id)]))
+                )
+            )
+            for each in (job, other)
+        ]
+    assert [0, 3] == counts
+    await prefect_jobs.delete(by_id(other))
 
 
 @pytest.mark.server

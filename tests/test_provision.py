@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 
 import fsspec
 import pytest
@@ -35,6 +36,7 @@ from tasks.provision import (
     link_stage_outputs,
     write_parameters,
 )
+from tasks.stopping import Stopped
 from tasks.workspace import Workspace
 from tests.file_server import LOOPBACK, FileServer
 from tests.s3_server import s3_server
@@ -562,6 +564,16 @@ def test_outputs_are_copied_to_another_file_system(tmp_path: Path) -> None:
         (linked,) = link_stage_outputs(outputs, Path(elsewhere) / "in")
         assert hashlib.sha256((Path(elsewhere) / "in" / "x").read_bytes()).hexdigest() == linked.sha256
         assert linked.size == MIB
+
+
+def test_handing_on_that_is_stopped(tmp_path: Path) -> None:
+    """Outputs may be many gigabytes, and each is read for its checksum."""
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "x").write_bytes(b"x")
+    stop = Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        link_stage_outputs(tmp_path / "outputs", tmp_path / "in", stop=stop)
 
 
 def test_parameters_are_json(tmp_path: Path) -> None:

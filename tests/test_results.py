@@ -13,6 +13,7 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ from tasks.results import (
     open_regular,
     publish_outputs,
 )
+from tasks.stopping import Stopped
 
 JOB = "0123456789abcdef" * 2
 
@@ -430,3 +432,46 @@ def test_a_store_that_fails_is_said_by_position(outputs: Path, logs: dict[Kind, 
             publish_algorithm_log=True,
         )
     assert secret not in "".join(traceback.format_exception(caught.value))
+
+
+class SetWhenAsked(Event):
+    """An event that is set when it has been asked for so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._left = times
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        if self._left < 0:
+            self.set()
+        return super().is_set()
+
+
+@pytest.mark.parametrize("asked", [0, 1, 5, 10])
+def test_a_filter_that_is_stopped(outputs: Path, asked: int) -> None:
+    """Wherever it is: among the names, or in the middle of a file."""
+    for n in range(3):
+        (outputs / f"{n}").write_bytes(b"a" * 3 * MIB)
+    with pytest.raises(Stopped):
+        filter_outputs(outputs, [], FilterLimits(), stop=SetWhenAsked(asked))
+
+
+@pytest.mark.parametrize("asked", [0, 2, 4, 8])
+def test_a_publication_that_is_stopped(outputs: Path, store: ResultStore, logs: dict[Kind, Path], asked: int) -> None:
+    """Nothing becomes visible, and it is no failure of the store."""
+    for n in range(3):
+        (outputs / f"{n}").write_bytes(b"a" * 3 * MIB)
+    with pytest.raises(Stopped):
+        publish_outputs(
+            store,
+            JOB,
+            0,
+            outputs,
+            filtered(outputs),
+            logs=logs,
+            publish_output=True,
+            publish_algorithm_log=True,
+            stop=SetWhenAsked(asked),
+        )
+    assert store.manifest(JOB) is None

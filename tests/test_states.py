@@ -24,8 +24,10 @@ from prefect.states import (
 
 from flows.jobs import StopRequest, Transition
 from flows.states import (
+    STOPPED_IN_QUEUE,
     ended_state,
     expired_in_queue,
+    has_begun,
     history,
     is_taken_out,
     live_status,
@@ -34,6 +36,7 @@ from flows.states import (
     run_status,
     steps_of,
     stop_request,
+    stopped_before_it_began,
     taken_out_of_the_queue,
     transitions,
     waited,
@@ -429,6 +432,31 @@ def test_a_job_that_expired_in_the_queue() -> None:
     assert not is_taken_out(state)
     assert (True, None) == (is_taken_out(taken_out_of_the_queue()), queued_at(taken_out_of_the_queue()))
     assert (Status.WARMING_UP, None) == run_status(taken_out_of_the_queue(), {})
+
+
+def test_a_run_that_is_stopped_in_the_queue_is_taken_out_of_it() -> None:
+    """As one that has waited for too long, and told apart from it."""
+    state = taken_out_of_the_queue(STOPPED_IN_QUEUE)
+    assert (True, None) == (is_taken_out(state), queued_at(state))
+    assert state.message != taken_out_of_the_queue().message
+
+
+@pytest.mark.parametrize(
+    ("kinds", "begun", "stopped"),
+    [
+        ([], False, False),
+        ([StateType.SCHEDULED, StateType.PENDING], False, False),
+        ([StateType.SCHEDULED, StateType.PENDING, StateType.CANCELLING], False, True),
+        ([StateType.SCHEDULED, StateType.PENDING, StateType.CANCELLED, StateType.RUNNING], True, True),
+        ([StateType.SCHEDULED, StateType.RUNNING, StateType.CANCELLING], True, True),
+        ([StateType.SCHEDULED, StateType.RUNNING, StateType.CANCELLED, StateType.SCHEDULED], False, False),
+        ([StateType.CANCELLED, StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING], True, False),
+    ],
+)
+def test_whether_a_run_has_begun_and_was_stopped(kinds: list[StateType], begun: bool, stopped: bool) -> None:
+    """Since it was queued the last time, in whatever order its states come."""
+    states = [queue_state(kind, n) for n, kind in enumerate(kinds)]
+    assert (begun, stopped) == (has_begun(states[::-1]), stopped_before_it_began(states[::-1]))
 
 
 def test_a_run_waits_since_it_was_scheduled() -> None:

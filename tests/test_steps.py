@@ -164,6 +164,21 @@ def test_only_files_of_finished_steps_are_left(tmp_path: Path, job: Callable[...
     assert len(done) == len(list(steps_folder(tmp_path, JOB).iterdir()))
 
 
+def test_logs_of_what_was_stopped_stay_until_the_next_try(tmp_path: Path, job: Callable[..., frozenset[str]]) -> None:
+    """They are all that tells what an algorithm was at; what it has put out goes at once."""
+    plan = two_stages()
+    keys = step_keys(plan, environment(tmp_path), secret_of)
+    job(plan, names(0))
+    workspace = stage_workspace(tmp_path, JOB, 1)
+    workspace.create()
+    for file in (workspace.outputs / "f", workspace.logs / "own", workspace.algorithm_log):
+        file.touch()
+    settle(plan, JOB, keys, environment(tmp_path), logs=True)
+    assert {"own", "algorithm.log"} == left(workspace)
+    settle(plan, JOB, keys, environment(tmp_path))
+    assert set() == left(workspace)
+
+
 def test_a_step_is_done_only_after_those_before_it(tmp_path: Path, job: Callable[..., frozenset[str]]) -> None:
     """A document that was changed and changed back finds nothing of what the change in between has overwritten."""
     plan = two_stages()

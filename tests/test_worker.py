@@ -32,6 +32,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Cancelling
 
 from cli.service import ROOT, START_DEADLINE, Part, free_port
+from flows.reconcile import HANDED_BACK
 from flows.worker import WORKER_TYPE, WarmProcessWorker
 
 pytestmark = [pytest.mark.worker, pytest.mark.slow]
@@ -453,7 +454,7 @@ def test_it_starts_sooner_than_a_stock_worker(site: Site, runs: Runs, worker: Pa
 
 
 def test_ending_the_worker_ends_its_runs(site: Site, runs: Runs) -> None:
-    """SIGTERM: the flow is told, its state stays for whoever takes it over; one that does not listen is killed."""
+    """SIGTERM: the flow is told; one that does not listen is killed. They are no jobs, which would be handed back."""
     with site.worker() as worker:
         submitted = [runs.submit("hold", "alone"), runs.submit("stubborn", "alone")]
         told = [runs.told(into) for _, into in submitted]
@@ -463,7 +464,8 @@ def test_ending_the_worker_ends_its_runs(site: Site, runs: Runs) -> None:
         assert not any(alive(process["pid"]) for process in told)
         wait_for(lambda: not any(alive(server.pid) for server in left), 5.0)
     assert Path(f"{submitted[0][1]}.stopped").exists()
-    assert {StateType.RUNNING} == {runs.state(run).type for run, _ in submitted}
+    states = [runs.state(run) for run, _ in submitted]
+    assert {(StateType.CRASHED, HANDED_BACK)} == {(state.type, state.message) for state in states}
     runs.give_up(submitted)
 
 
