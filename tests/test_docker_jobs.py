@@ -130,15 +130,32 @@ def test_a_stopped_job_leaves_no_container(consumer: Consumer, engine: Engine, i
     assert 7 == consumer.wait(id)["status"]
 
 
-def test_a_killed_flow_leaves_no_container(consumer: Consumer, engine: Engine, image: Image) -> None:
-    """SIGKILL of the process that runs a job ends its container, and deleting the job its record."""
+@pytest.mark.parametrize(("watcher_too", "seconds"), [(False, 5), (True, 60)], ids=["alone", "with its watcher"])
+def test_a_killed_flow_leaves_no_container(
+    consumer: Consumer, engine: Engine, image: Image, watcher_too: bool, seconds: float
+) -> None:
+    """
+    SIGKILL of the process that runs a job ends its container, at once or, if what watches over it was killed as well,
+    before the job goes on. Deleting the job ends the next one.
+    """
     id = consumer.submit(workflow(stages=[stage(algorithm=code(image, SLEEPS))]))
-    assert eventually(lambda: f"c2d-{id}-0" in engine.containers(), 60)
-    container = engine.client.api.inspect_container(f"c2d-{id}-0")
-    before, label = container["Id"], f"{TRY}={container['Config']['Labels'][TRY]}"
-    flow = next(p for p in psutil.process_iter(["cmdline"]) if label in (p.info["cmdline"] or ())).parent()
+    name = f"c2d-{id}-0"
+    assert eventually(lambda: name in engine.containers(), 60)
+    container = engine.client.api.inspect_container(name)
+    label = f"{TRY}={container['Config']['Labels'][TRY]}"
+    watcher = next(p for p in psutil.process_iter(["cmdline"]) if label in (p.info["cmdline"] or ()))
+    flow = watcher.parent()
     assert flow is not None
+    if watcher_too:
+        watcher.kill()
     flow.kill()
-    assert eventually(lambda: before not in [found["Id"] for found in engine.client.api.containers(all=True)], 5)
+
+    def ids() -> list[str]:
+        found = [each["Id"] for each in engine.client.api.containers(all=True)]
+        assert len(found) <= 1
+        return found
+
+    assert eventually(lambda: container["Id"] not in ids(), seconds)
+    assert eventually(lambda: engine.containers() == [name], 60)
     assert consumer.http.delete("/api/v1/operator/compute", params={"jobId": id}).is_success
     assert eventually(lambda: not engine.containers(), 20)
