@@ -206,7 +206,7 @@ class Runner(ABC):
         Post-state: no process of the run is alive, nothing the runner made outside the folders is left, and
         everything in the folders belongs to the caller and is readable by it, whatever the algorithm did to modes.
         ``limits.seconds`` is kept to within one second. If the calling process dies, even by SIGKILL, so does
-        the algorithm with all its children.
+        the algorithm with all its children, at once or within two seconds; ``jobs_left`` tells where that can fail.
         Safe to repeat: yes, over emptied outputs and logs; a repeat under the same name after a crash first
         removes what the crashed run left.
         Raises: nothing for what the algorithm does; OSError only if this machine is broken.
