@@ -120,6 +120,9 @@ RECONCILE_SECONDS: Final = 5.0
 UPKEEP_EVERY: Final = 4
 """Looks at the runs between two looks at the folders of jobs, and at what was left half done."""
 
+REPORT_SECONDS: Final = 20.0
+"""Between two heartbeats of a worker that lets its runs end."""
+
 HAND_BACK_SECONDS: Final = 5.0
 """For telling Prefect of a run that is handed back; if it cannot be told, the next worker of this name finds out."""
 
@@ -489,10 +492,13 @@ class ForkStarter:
         configuration: WarmJobConfiguration,
         cwd: Path,
         control_channel: ControlChannel,
+        *,
         worker: str,
+        report: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._servers = servers
         self._worker = worker
+        self._report = report
         self._configuration = configuration
         self._cwd = cwd
         self._control_channel = control_channel
@@ -518,8 +524,7 @@ class ForkStarter:
         except BaseException:
             # The worker is being ended.
             with anyio.CancelScope(shield=True):
-                with anyio.move_on_after(drain_seconds()):
-                    await run.follow()
+                await self._drain(run)
                 await self.relinquish(flow_run, run)
                 with anyio.move_on_after(HAND_BACK_SECONDS):
                     await _hand_back(flow_run.id, self._worker)
@@ -549,6 +554,21 @@ class ForkStarter:
             with contextlib.suppress(ProcessLookupError):
                 self.run.signal_all(signal.SIGKILL)
             await self.run.ended.wait()
+
+    async def _drain(self, run: ForkedRun) -> None:
+        """Let the run end by itself, for a while; the worker has to be heard of meanwhile, or others take its runs."""
+
+        async def report() -> None:
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    await self._report()
+                await anyio.sleep(REPORT_SECONDS)
+
+        with anyio.move_on_after(drain_seconds()):
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(report)
+                await run.follow()
+                beside.cancel_scope.cancel()
 
     async def relinquish(self, flow_run: FlowRun, run: ForkedRun) -> None:
         """
@@ -929,6 +949,12 @@ class WarmProcessWorker(ProcessWorker):
             with contextlib.suppress(httpx.HTTPError):
                 await self.client.set_flow_run_state(flow_run.id, queued)
 
+    async def _heartbeat(self) -> None:
+        """Prefect's own are sent by a loop that has ended when this worker is being ended."""
+        await self.client.send_worker_heartbeat(
+            self._work_pool_name, self.name, heartbeat_interval_seconds=self.heartbeat_interval_seconds
+        )
+
     async def _submit_run_and_capture_errors(
         self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int | Exception] | None = None
     ) -> BaseWorkerResult | Exception:
@@ -982,7 +1008,9 @@ class WarmProcessWorker(ProcessWorker):
         async with FlowRunExecutorContext() as context, anyio.create_task_group() as tasks:
             attempt = _ATTEMPT.get()
             context._state_proposer = Proposer(context.client, self.name, attempt)
-            starter = ForkStarter(self._servers, configuration, cwd, context.control_channel, self.name)
+            starter = ForkStarter(
+                self._servers, configuration, cwd, context.control_channel, self.name, self._heartbeat
+            )
             attempt.context, attempt.starter = context, starter
             executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=_Hooks(starter))
 
