@@ -1009,7 +1009,7 @@ class WarmProcessWorker(ProcessWorker):
             attempt = _ATTEMPT.get()
             context._state_proposer = Proposer(context.client, self.name, attempt)
             starter = ForkStarter(
-                self._servers, configuration, cwd, context.control_channel, self.name, self._heartbeat
+                self._servers, configuration, cwd, context.control_channel, worker=self.name, report=self._heartbeat
             )
             attempt.context, attempt.starter = context, starter
             executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=_Hooks(starter))
