@@ -62,6 +62,13 @@ import anyio
 import anyio.abc
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkQueueFilter,
+    WorkQueueFilterId,
+)
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
 from prefect.events.clients import get_events_subscriber
@@ -70,6 +77,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import Abort
 from prefect.flows import load_flow_from_flow_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.states import Scheduled
 from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseWorkerResult
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
@@ -111,6 +119,9 @@ RECONCILE_SECONDS: Final = 5.0
 
 UPKEEP_EVERY: Final = 4
 """Looks at the runs between two looks at the folders of jobs, and at what was left half done."""
+
+REPORT_SECONDS: Final = 20.0
+"""Between two heartbeats of a worker that lets its runs end."""
 
 HAND_BACK_SECONDS: Final = 5.0
 """For telling Prefect of a run that is handed back; if it cannot be told, the next worker of this name finds out."""
@@ -481,10 +492,13 @@ class ForkStarter:
         configuration: WarmJobConfiguration,
         cwd: Path,
         control_channel: ControlChannel,
+        *,
         worker: str,
+        report: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._servers = servers
         self._worker = worker
+        self._report = report
         self._configuration = configuration
         self._cwd = cwd
         self._control_channel = control_channel
@@ -510,8 +524,7 @@ class ForkStarter:
         except BaseException:
             # The worker is being ended.
             with anyio.CancelScope(shield=True):
-                with anyio.move_on_after(drain_seconds()):
-                    await run.follow()
+                await self._drain(run)
                 await self.relinquish(flow_run, run)
                 with anyio.move_on_after(HAND_BACK_SECONDS):
                     await _hand_back(flow_run.id, self._worker)
@@ -541,6 +554,21 @@ class ForkStarter:
             with contextlib.suppress(ProcessLookupError):
                 self.run.signal_all(signal.SIGKILL)
             await self.run.ended.wait()
+
+    async def _drain(self, run: ForkedRun) -> None:
+        """Let the run end by itself, for a while; the worker has to be heard of meanwhile, or others take its runs."""
+
+        async def report() -> None:
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    await self._report()
+                await anyio.sleep(REPORT_SECONDS)
+
+        with anyio.move_on_after(drain_seconds()):
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(report)
+                await run.follow()
+                beside.cancel_scope.cancel()
 
     async def relinquish(self, flow_run: FlowRun, run: ForkedRun) -> None:
         """
@@ -882,7 +910,50 @@ class WarmProcessWorker(ProcessWorker):
             # If it was claimed all the same, it is found to be lost.
             self._logger.warning("flow run %s could not be claimed: %s", flow_run.id, problem)
             return False
-        return state.is_pending()
+        if not state.is_pending():
+            return False
+        if await self._one_too_many(flow_run):
+            await self._put_back(flow_run)
+            return False
+        return True
+
+    async def _one_too_many(self, flow_run: FlowRun) -> bool:
+        """
+        Whether a run that was claimed is more than its queue has slots for.
+
+        Prefect's server can give out two runs for one slot: on PostgreSQL it passes over a run that is being claimed at
+        this moment, and does not count it yet (prefect 3.8.8, ``FOR UPDATE SKIP LOCKED``). All claims are recorded by
+        the time that they are counted here; so of two one at least goes back, and at worst both.
+        """
+        try:
+            queue = await self.client.read_work_queue(flow_run.work_queue_id) if flow_run.work_queue_id else None
+            if queue is None or queue.concurrency_limit is None:
+                return False
+            # What the server counts, and nothing else: else it would give out again what goes back here.
+            busy = await self.client.count_flow_runs(
+                flow_run_filter=FlowRunFilter(
+                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+                ),
+                work_queue_filter=WorkQueueFilter(id=WorkQueueFilterId(any_=[queue.id])),
+            )
+        except httpx.HTTPError:
+            return False
+        return busy > queue.concurrency_limit
+
+    async def _put_back(self, flow_run: FlowRun) -> None:
+        """Into the state that a run had before it was claimed. If that fails, it is found to be lost."""
+        if (before := flow_run.state) is not None:
+            queued: State[Any] = Scheduled(
+                name=before.name, message=before.message, scheduled_time=before.state_details.scheduled_time
+            )
+            with contextlib.suppress(httpx.HTTPError):
+                await self.client.set_flow_run_state(flow_run.id, queued)
+
+    async def _heartbeat(self) -> None:
+        """Prefect's own are sent by a loop that has ended when this worker is being ended."""
+        await self.client.send_worker_heartbeat(
+            self._work_pool_name, self.name, heartbeat_interval_seconds=self.heartbeat_interval_seconds
+        )
 
     async def _submit_run_and_capture_errors(
         self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int | Exception] | None = None
@@ -937,7 +1008,9 @@ class WarmProcessWorker(ProcessWorker):
         async with FlowRunExecutorContext() as context, anyio.create_task_group() as tasks:
             attempt = _ATTEMPT.get()
             context._state_proposer = Proposer(context.client, self.name, attempt)
-            starter = ForkStarter(self._servers, configuration, cwd, context.control_channel, self.name)
+            starter = ForkStarter(
+                self._servers, configuration, cwd, context.control_channel, worker=self.name, report=self._heartbeat
+            )
             attempt.context, attempt.starter = context, starter
             executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=_Hooks(starter))
 

@@ -40,9 +40,11 @@ from flows.reconcile import (
 )
 from flows.sealing import Seal, create_key_file
 from flows.states import STOPPED_IN_QUEUE, taken_out_of_the_queue
+from flows.status import Status
+from flows.worker import WarmProcessWorker, own_name
 from tasks.workspace import held
 from tests.conftest import PrefectServer
-from tests.test_jobs_contract import ENVIRONMENT, document
+from tests.test_jobs_contract import ENVIRONMENT, by_id, document, only
 
 pytestmark = pytest.mark.anyio
 
@@ -283,3 +285,36 @@ async def test_the_process_that_a_lost_run_has_left_is_ended(world: World) -> No
     await asyncio.sleep(0.2)
     await world.reconciler().runs()
     await asyncio.wait_for(left.wait(), 30)
+
+
+@pytest.mark.server
+async def test_a_run_for_which_there_is_no_slot_goes_back(world: World) -> None:
+    """The server can give out two runs for one slot. It waits on as it waited before, and its claim is no loss."""
+    slots = (await load_environments(world.client))[ENVIRONMENT].offer.max_jobs
+    others = [await world.claim() for _ in range(slots)]
+    job = await world.jobs.submit(document(environment=ENVIRONMENT))
+    world.claimed.append(UUID(job.id))
+    waiting = await world.client.read_flow_run(UUID(job.id))
+    assert waiting.state is not None
+    worker = WarmProcessWorker(work_pool_name=POOL, name=f"{ME} {uuid4()}")
+    worker._client = world.client
+    assert not await worker._propose_pending_state(waiting)
+    back = await world.client.read_flow_run(UUID(job.id))
+    assert back.state is not None
+    assert (StateType.SCHEDULED, waiting.state.name) == (back.state.type, back.state.name)
+    assert waiting.next_scheduled_start_time == back.next_scheduled_start_time
+    assert Status.WARMING_UP is (await only(world.jobs.find(by_id(job)))).status
+    await world.client.set_flow_run_state(others[0], Completed())
+    assert await worker._propose_pending_state(back)
+    assert worker.name == worker_of(await world.client.read_flow_run(UUID(job.id)))
+
+
+@pytest.mark.server
+async def test_two_workers_of_one_name_are_refused(world: World) -> None:
+    """They would take each other's runs for lost. Without a name each gets its own, the same at its next start."""
+    with pytest.raises(RuntimeError, match="choose another name"), own_name(ME, POOL), own_name(ME, POOL):
+        pass
+    with own_name(None, POOL) as first, own_name(None, POOL) as second, own_name(ME, "another pool"):
+        assert first != second
+    with own_name(None, POOL) as again:
+        assert first == again

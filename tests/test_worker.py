@@ -453,6 +453,19 @@ def test_it_starts_sooner_than_a_stock_worker(site: Site, runs: Runs, worker: Pa
     assert 0.7 > statistics.median(seconds["warm"]) / statistics.median(seconds["stock"])
 
 
+def test_a_worker_that_drains_lets_its_runs_end(site: Site, runs: Runs) -> None:
+    """SIGTERM: for as long as it is told to wait; what is scheduled meanwhile it does not begin."""
+    with site.worker(C2D_DRAIN_SECONDS="60") as worker:
+        run, into = runs.submit("report", "alone", seconds=4.0)
+        runs.told(into)
+        worker.process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        late = runs.submit("report", "alone")
+        worker.process.wait(40.0)
+    assert (StateType.COMPLETED, StateType.SCHEDULED) == (runs.state(run).type, runs.state(late[0]).type)
+    runs.give_up([late])
+
+
 def test_ending_the_worker_ends_its_runs(site: Site, runs: Runs) -> None:
     """SIGTERM: the flow is told; one that does not listen is killed. They are no jobs, which would be handed back."""
     with site.worker() as worker:
