@@ -41,6 +41,7 @@ def main(
     database: Literal["postgres", "sqlite"] = "postgres",
     only: tuple[Part, ...] = (),
     out: Path | None = None,
+    resume: Path | None = None,
 ) -> int:
     """Exits 1 if a promise was not kept.
 
@@ -58,18 +59,23 @@ def main(
         The parts to be killed; all if not given.
     out
         A Markdown file with the two marks between which the table is written, after every kill.
+    resume
+        The ``kills.jsonl`` of a run of the same seed that was interrupted: it goes on after what is told there.
     """
     parts = tuple(part for part in only or Part if part is not Part.DATABASE or database == "postgres")
     console = Console()
     console.print(f"seed {seed}, {kills} kills of {', '.join(parts)}")
     folder = Path(tempfile.mkdtemp(prefix="c2d-chaos-"))
     tally = table.Tally()
+    told = resume.read_text(encoding="utf-8") if resume is not None else ""
+    before = tally.take_up(told.splitlines())
+    (folder / "kills.jsonl").write_text(told, encoding="utf-8")
     began = time.monotonic()
     problem: BaseException | None = None
 
     def write() -> None:
         if out is not None:
-            facts = _circumstances(seed, tally, database, time.monotonic() - began)
+            facts = _circumstances(seed, tally, database, tally.seconds + time.monotonic() - began)
             out.write_text(
                 table.put_between(out.read_text(encoding="utf-8"), table.markdown(tally, facts)), encoding="utf-8"
             )
@@ -77,13 +83,14 @@ def main(
     interruptible()
     try:
         with Progress(console=console) as progress, Stand(folder, postgres=database == "postgres") as stand:
-            task = progress.add_task("kills", total=kills)
+            task = progress.add_task("kills", total=kills, completed=before)
 
             def done(kill: Kill) -> None:
                 progress.update(task, advance=1, description=str(kill))
                 write()
 
-            planned = (kill for kill in plan.kills(kills, seed, parts) if time.monotonic() - began < 60 * minutes)
+            left = plan.kills(kills, seed, parts)[before:]
+            planned = (kill for kill in left if time.monotonic() - began < 60 * minutes)
             Driver(stand, tally, lambda line: console.print(line, markup=False, highlight=False)).run(planned, done)
     except (KeyboardInterrupt, NotUp, CannotStart, NoDatabase) as fault:
         problem = fault

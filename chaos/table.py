@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,8 @@ class Tally:
     missed: int = 0
     """Kills that stand in no cell: there was nothing to be killed any more, or the target had just ended."""
     jobs: int = 0
+    seconds: float = 0.0
+    """Of the kills that were taken up from an earlier run."""
 
     def count(self, status: Status, part: Part, failures: Sequence[Failure]) -> None:
         self.runs[status, part] += 1
@@ -49,6 +52,27 @@ class Tally:
     def miss(self, failures: Sequence[Failure]) -> None:
         self.missed += 1
         self.failures.extend(failures)
+
+    def take_up(self, lines: Iterable[str]) -> int:
+        """
+        Count what an earlier run has written, a line of JSON for each of its kills.
+
+        Returns:
+            How many kills it has done, those that stand in no cell among them.
+        """
+        done = 0
+        for done, line in enumerate(lines, 1):
+            told = json.loads(line)
+            kill = str(told["kill"])
+            failures = [Failure(kill, "", "a promise kept", broken) for broken in told["broken"]]
+            self.jobs += len(told["jobs"])
+            self.seconds += sum(told["seconds"])
+            status, part = Status(told["status"]), _part_of(kill)
+            if status in STATUSES and applies(status, part):
+                self.count(status, part, failures)
+            else:
+                self.miss(failures)
+        return done
 
     @property
     def kills(self) -> int:
@@ -69,6 +93,12 @@ class Tally:
             for part in Part
         ]
         return [*rows, ["all", *sums]]
+
+
+def _part_of(kill: str) -> Part:
+    found = re.match(r"kill \d+: (\w+) in ", kill)
+    assert found is not None, f"not told by a kill: {kill}"
+    return Part(found[1])
 
 
 def shown(tally: Tally) -> Table:

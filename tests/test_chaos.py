@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def test_a_cell_counts_kills_and_those_that_failed() -> None:
     tally.miss([failure])
     assert "2/1" == tally.cell(Status.RUNNING, Part.FLOW)
     assert (2, 3, 1) == (tally.kills, len(tally.failures), tally.missed)
+
+
+def test_an_interrupted_run_is_taken_up() -> None:
+    """By what it has written of its kills: also of those that stand in no cell, and of promises not kept."""
+    lines = [
+        {
+            "kill": "kill 1: flow in 20, 3% into it",
+            "status": 20,
+            "seconds": [1.5, 2.5],
+            "jobs": {"a": ""},
+            "broken": [],
+        },
+        {"kill": "kill 2: all in 40, 9% into it", "status": 50, "seconds": [], "jobs": {}, "broken": ["b: not kept"]},
+        {"kill": "kill 3: api in 60, 1% into it", "status": 70, "seconds": [1], "jobs": {"c": ""}, "broken": []},
+    ]
+    tally = table.Tally()
+    assert 3 == tally.take_up(map(json.dumps, lines))
+    assert ("1/0", "1/1") == (tally.cell(Status.CONFIGURING, Part.FLOW), tally.cell(Status.FILTERING, Part.ALL))
+    assert (2, 1, 1, 2, 5.0) == (tally.kills, tally.missed, len(tally.failures), tally.jobs, tally.seconds)
 
 
 def test_the_table_has_a_row_for_each_status_and_a_column_for_each_part() -> None:
