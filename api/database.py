@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.schema import CreateTable
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random
 
 from flows.errors import NotReady
 
@@ -43,7 +44,16 @@ class Database:
             if self._engine.dialect.name == "postgresql":
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _CREATING})
             else:
-                await connection.execute(text("PRAGMA journal_mode=WAL"))
+                # Of two processes that do this at the same moment SQLite refuses one at once, however long it was told
+                # to wait.
+                async for attempt in AsyncRetrying(
+                    retry=retry_if_exception_type(OperationalError),
+                    wait=wait_random(0.01, 0.1),
+                    stop=stop_after_delay(_SECONDS_TO_WAIT),
+                    reraise=True,
+                ):
+                    with attempt:
+                        await connection.execute(text("PRAGMA journal_mode=WAL"))
             for table in TABLES.sorted_tables:
                 await connection.execute(CreateTable(table, if_not_exists=True))
 
