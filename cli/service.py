@@ -43,7 +43,8 @@ _PREFECT: Final = (sys.executable, "-m", "prefect")
 START_DEADLINE: Final = 180.0
 """Seconds a part may take to answer. A first start makes Prefect's database, which takes most of it."""
 
-STOP_DEADLINE: Final = 20.0
+STOP_DEADLINE: Final = 25.0
+"""Seconds a part is given to end: a worker needs up to twenty to end what it runs and to hand that back."""
 
 RESTARTS: Final = 3
 RESTARTS_WITHIN: Final = 3600.0
@@ -91,6 +92,8 @@ class Part:
     log: Path
     since: int = 0
     """Where in its log this process begins; before it are those of earlier starts."""
+    patience: float = STOP_DEADLINE
+    """Seconds it is given to end when it is asked to."""
 
     @property
     def alive(self) -> bool:
@@ -114,7 +117,7 @@ class Part:
         family = self.family()
         self.process.terminate()
         try:
-            self.process.wait(STOP_DEADLINE)
+            self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -262,7 +265,9 @@ class Service:
         kind = self._pools()[pool]
         # A name that stays, by which a worker knows what the one before it has left.
         start = ["worker", "start", "--pool", pool, "--type", kind, "--name", f"{pool}-embedded"]
-        return self._launch(f"{_WORKER}-{pool}", [*_PREFECT, *start])
+        part = self._launch(f"{_WORKER}-{pool}", [*_PREFECT, *start])
+        part.patience += float(self.environment().get("C2D_DRAIN_SECONDS") or 0)
+        return part
 
     def _pools(self) -> dict[str, str]:
         """The type of each work pool."""

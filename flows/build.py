@@ -25,12 +25,20 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
-from prefect.exceptions import PrefectHTTPStatusError, TerminationSignal
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 from prefect.transactions import get_transaction
 from prefect.utilities.annotations import quote
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_fixed,
+)
 
 from blocks.assets import folder_name
 from blocks.environment import ComputeEnvironment
@@ -54,7 +62,7 @@ from tasks.provision import (
     write_parameters,
 )
 from tasks.results import FilterReport, PublishFailed, filter_outputs, publish_outputs
-from tasks.stopping import Stopped
+from tasks.stopping import Stopped, go_on
 from tasks.workspace import Workspace, stage_workspace, steps_folder
 
 
@@ -300,7 +308,17 @@ def _check_still_ours(site: Site) -> None:
     Raises:
         Stopped: Somebody else has the job. This process ends then.
     """
-    if not site.still_ours():
+    # What was computed is here: better to wait for the server than to lose it.
+    asked = Retrying(
+        retry=retry_if_exception(is_away),
+        wait=wait_fixed(AWAY_SECONDS),
+        stop=stop_when_event_set(site.stop) | stop_after_delay(SERVER_PATIENCE),
+        sleep=sleep_using_event(site.stop),
+        reraise=True,
+    )
+    ours = asked(site.still_ours)
+    go_on(site.stop)
+    if not ours:
         get_run_logger().error("this job has been taken up elsewhere; nothing is published from here")
         site.stop.set()
         _end_process_after(TOLD_SECONDS)
@@ -359,6 +377,12 @@ _EXPECTED: Final = {
     "Upload failed": Status.UPLOAD_FAILED,
 }
 """Names of the states a step fails with for a reason the consumer is told. Any other failure is a bug."""
+
+AWAY_SECONDS: Final = 2.0
+"""Between two questions to a server that is away; the client repeats each for a minute."""
+
+SERVER_PATIENCE: Final = 3600.0
+"""Seconds for which a step waits for the server before its process gives up, and another goes on when it is back."""
 
 TOLD_SECONDS: Final = 1.0
 """For the log, before a process ends that has lost its job to another."""
@@ -504,12 +528,19 @@ def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
     return result
 
 
+def is_away(fault: BaseException) -> bool:
+    """Whether it tells that the server, or its database, cannot be reached; not that it has refused something."""
+    if isinstance(fault, httpx.HTTPStatusError):
+        return fault.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+    return isinstance(fault, httpx.TransportError)
+
+
 def _tell(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """An artifact for people. That it cannot be made, because the server is away for long, is no reason to fail."""
     try:
         return make(*args, **kwargs)
-    except (httpx.HTTPError, PrefectHTTPStatusError):
-        get_run_logger().warning("the server is away; what this step shows is not shown")
+    except httpx.HTTPError as fault:
+        get_run_logger().warning("what this step shows is not shown: %s", type(fault).__name__)
         return None
 
 

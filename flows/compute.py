@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 from uuid import UUID
 
+import httpx
 from prefect import Flow, flow, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.futures import PrefectFuture
@@ -20,7 +21,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from blocks.environment import ComputeEnvironment, load_environments_sync, state_folder
 from blocks.store import StoreUnavailable
-from flows.build import StageResult, run_plan
+from flows.build import StageResult, is_away, run_plan
 from flows.errors import InvalidWorkflow
 from flows.jobs import waited_too_long
 from flows.plan import Plan, compile_plan
@@ -78,6 +79,18 @@ def run_job(sealed: str, summary: dict[str, Any], stored_in: str | None = None) 
     Raises:
         Exception: Only for a bug or a broken installation; the run then ends as failed without a name of ours.
     """
+    try:
+        return _run_job(sealed, stored_in)
+    except httpx.HTTPError as fault:
+        if not is_away(fault):
+            raise
+        # Were it raised, the job would end with an error inside the service. As it is, its worker finds that the
+        # process is gone, and the job goes on when the server is back.
+        get_run_logger().error("the server is away; this process gives up: %s", type(fault).__name__)
+        os._exit(os.EX_TEMPFAIL)
+
+
+def _run_job(sealed: str, stored_in: str | None) -> State[Any]:
     job_id = str(flow_run.id).replace("-", "")
     with get_client(sync_client=True) as client:
         environments = load_environments_sync(client)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+import httpx
 import psutil
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -41,12 +42,13 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Pending
 
 from blocks.environment import ComputeEnvironment, load_environments
 from flows.prefect_jobs import PrefectJobs
-from flows.states import is_taken_out
+from flows.states import end_of_taken_out, is_taken_out
 from tasks.execute import end_left_runs
 from tasks.workspace import discard, job_ids
 
@@ -117,23 +119,31 @@ def pause(resumes: int) -> float:
 
 
 async def give_up(
-    client: PrefectClient, run_id: UUID, why: str, detail: str = "", *, worker: str | None = None
+    client: PrefectClient,
+    run_id: UUID,
+    why: str,
+    detail: str = "",
+    *,
+    worker: str | None = None,
+    seen: UUID | None = None,
 ) -> State[Any] | None:
     """
     Put a run whose process is gone where it belongs: a stopped one is stopped, a job goes back into the queue, unless
     that did not help before, and everything else has crashed. A run that has ended stays as it is.
 
     Never by force but for what is being stopped: so a stop that is asked for at this moment is not lost. *why* is LOST,
-    DIED or HANDED_BACK. If it is another than *worker* that has the run now, it stays as it is, too.
+    DIED or HANDED_BACK. If it is another than *worker* that has the run now, or if its state is another than *seen*, it
+    stays as it is, too: whoever calls this knows something that was true of that.
 
     Returns:
         Its new state; None if it keeps the one it has.
     """
     with suppress(ObjectNotFound):
+        # First what takes longer: the less lies between the look at the run and its new state, the better.
+        before = resumes(await client.read_flow_run_states(run_id))
         run = await client.read_flow_run(run_id)
-        if run.state is None or run.state.type not in _IN_PROGRESS:
-            return None
-        if worker is not None and worker_of(run) not in (None, worker):
+        others = worker is not None and worker_of(run) not in (None, worker)
+        if run.state is None or run.state.type not in _IN_PROGRESS or seen not in (None, run.state.id) or others:
             return None
         if run.state.type is StateType.CANCELLING:
             stopped: State[Any] = Cancelled(message=run.state.message or "stopped on request")
@@ -141,12 +151,18 @@ async def give_up(
             return stopped
         told = f"{why}: {detail}" if detail else why
         state: State[Any] = Crashed(message=told)
-        if is_job(run):
-            before = resumes(await client.read_flow_run_states(run_id))
-            if why == HANDED_BACK or before < MOST_RESUMES:
-                at = datetime.now(UTC) + timedelta(seconds=0.0 if why == HANDED_BACK else pause(before))
-                state = AwaitingRetry(message=told, scheduled_time=at)
-        await client.set_flow_run_state(run_id, state)
+        if is_job(run) and (why == HANDED_BACK or before < MOST_RESUMES):
+            at = datetime.now(UTC) + timedelta(seconds=0.0 if why == HANDED_BACK else pause(before))
+            state = AwaitingRetry(message=told, scheduled_time=at)
+        answer = await client.set_flow_run_state(run_id, state)
+        if answer.status is not SetStateStatus.ACCEPT:
+            return None
+        # To the server a run that has ended may be begun again, and this one may have ended since our look at it.
+        states = await client.read_flow_run_states(run_id)
+        ends = [end for end in states if end.is_final() and end.timestamp > run.state.timestamp]
+        if ends and not state.is_final():
+            await client.set_flow_run_state(run_id, max(ends, key=lambda end: end.timestamp), force=True)
+            return None
         return state
     return None
 
@@ -176,21 +192,48 @@ class Reconciler:
     async def runs(self) -> list[UUID]:
         """One round over the runs. Returns those that were taken up."""
         before = set(self.live())
-        # Those that were taken out of the queue to be ended are no worker's: see ``upkeep``.
-        found = [run for run in await self._in_progress() if not is_taken_out(run.state)]
+        found = await self._in_progress()
         peers = {name for run in found if (name := worker_of(run)) not in (None, self.worker) and name is not None}
         offline = await self._offline(peers)
         taken: list[UUID] = []
         for run in found:
-            # Also now: one that was begun or has ended since we asked is not what the answer says.
-            if run.id in before and run.id in self.live():
-                await self._attend(run)
-            elif run.id not in before and run.id not in self.live() and self._lost(run, offline):
-                await asyncio.to_thread(_end_process, run.id)
-                if (state := await give_up(self.client, run.id, LOST)) is not None:
+            try:
+                if await self._run(run, before, offline):
                     taken.append(run.id)
-                    self.logger.warning("flow run %s was lost by %s: now %s", run.id, worker_of(run), state.name)
+            except httpx.TransportError:
+                raise
+            except Exception:
+                # One that cannot be helped is not to keep the others from it.
+                self.logger.exception("flow run %s could not be looked after", run.id)
         return taken
+
+    async def _run(self, run: FlowRun, before: Collection[UUID], offline: Collection[str]) -> bool:
+        """Look after one run, which ran here *before* or not. Whether it was taken up."""
+        assert run.state is not None  # noqa: S101  # for mypy: it was found by its state
+        if is_taken_out(run.state):
+            # To be ended, by whoever has taken it out, or by ``upkeep`` where its environment is still registered.
+            if _age(run.state) > CLAIM_SECONDS:
+                await self.client.set_flow_run_state(run.id, end_of_taken_out(run.state))
+            return False
+        # Also now: one that was begun or has ended since we asked is not what the answer says.
+        if run.id in before and run.id in self.live():
+            await self._attend(run)
+            return False
+        if run.id in before or run.id in self.live() or not self._lost(run, offline):
+            return False
+        if (now := await self._now(run.id)) is None or now.id != run.state.id:
+            return False
+        await asyncio.to_thread(_end_process, run.id)
+        state = await give_up(self.client, run.id, LOST, seen=run.state.id)
+        if state is None:
+            return False
+        self.logger.warning("flow run %s was lost by %s: now %s", run.id, worker_of(run), state.name)
+        return True
+
+    async def _now(self, run_id: UUID) -> State[Any] | None:
+        with suppress(ObjectNotFound):
+            return (await self.client.read_flow_run(run_id)).state
+        return None
 
     async def upkeep(self) -> None:
         """

@@ -77,6 +77,13 @@ def expired_in_queue(message: str) -> State[None]:
     return State(type=StateType.CANCELLED, name=TEXT[Status.EXPIRED_IN_QUEUE], message=message)
 
 
+def end_of_taken_out(state: State[Any]) -> State[None]:
+    """The end of a run in a *state* that ``is_taken_out``, where nobody can say more."""
+    if state.message == STOPPED_IN_QUEUE:
+        return State(type=StateType.CANCELLED, message=STOPPED_IN_QUEUE)
+    return expired_in_queue("its turn did not come in time; restart it to queue it again")
+
+
 def queued_at(state: State[Any] | None) -> datetime | None:
     """
     Since when a run waits; None if it does not.

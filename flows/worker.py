@@ -50,8 +50,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
@@ -70,14 +72,14 @@ from prefect.client.schemas.filters import (
     WorkQueueFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
+from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus, WorkerFlowRunResponse
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter, EventResourceFilter
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import Abort
 from prefect.flows import load_flow_from_flow_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
-from prefect.states import Scheduled
+from prefect.states import AwaitingRetry, Scheduled
 from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseWorkerResult
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
@@ -117,11 +119,20 @@ SECOND_LOOK_SECONDS: Final = 0.3
 RECONCILE_SECONDS: Final = 5.0
 """Between two looks at the runs of the pool."""
 
-UPKEEP_EVERY: Final = 4
-"""Looks at the runs between two looks at the folders of jobs, and at what was left half done."""
+UPKEEP_SECONDS: Final = 20.0
+"""Between two looks at the folders of jobs, and at what was left half done."""
 
-REPORT_SECONDS: Final = 20.0
-"""Between two heartbeats of a worker that lets its runs end."""
+ROUND_SECONDS: Final = 300.0
+"""A round that takes longer is given up; what is lost waits for the next."""
+
+THREADS: Final = 64
+"""For what blocks: calls of stores and engines."""
+
+LOOK_SECONDS: Final = 2.0
+"""Between two looks of a worker that lets its runs end, whether one is being stopped."""
+
+REPORT_EVERY: Final = 10
+"""Looks between two heartbeats of such a worker."""
 
 HAND_BACK_SECONDS: Final = 5.0
 """For telling Prefect of a run that is handed back; if it cannot be told, the next worker of this name finds out."""
@@ -524,7 +535,7 @@ class ForkStarter:
         except BaseException:
             # The worker is being ended.
             with anyio.CancelScope(shield=True):
-                await self._drain(run)
+                await self._drain(flow_run, run)
                 await self.relinquish(flow_run, run)
                 with anyio.move_on_after(HAND_BACK_SECONDS):
                     await _hand_back(flow_run.id, self._worker)
@@ -555,18 +566,26 @@ class ForkStarter:
                 self.run.signal_all(signal.SIGKILL)
             await self.run.ended.wait()
 
-    async def _drain(self, run: ForkedRun) -> None:
-        """Let the run end by itself, for a while; the worker has to be heard of meanwhile, or others take its runs."""
+    async def _drain(self, flow_run: FlowRun, run: ForkedRun) -> None:
+        """
+        Let the run end by itself, for a while. The worker has to be heard of meanwhile, or others take its runs; and
+        it has to hear of stops, since whoever else would is being ended.
+        """
 
-        async def report() -> None:
-            while True:
+        async def attend() -> None:
+            for n in count():
                 with contextlib.suppress(httpx.HTTPError):
-                    await self._report()
-                await anyio.sleep(REPORT_SECONDS)
+                    if n % REPORT_EVERY == 0:
+                        await self._report()
+                    async with get_client() as client:
+                        state = (await client.read_flow_run(flow_run.id)).state
+                    if state is not None and state.is_cancelling():
+                        beside.cancel_scope.cancel()
+                await anyio.sleep(LOOK_SECONDS)
 
         with anyio.move_on_after(drain_seconds()):
             async with anyio.create_task_group() as beside:
-                beside.start_soon(report)
+                beside.start_soon(attend)
                 await run.follow()
                 beside.cancel_scope.cancel()
 
@@ -642,6 +661,15 @@ class Attempt:
     starter: ForkStarter | None = None
     left: bool = False
     """Another worker has the run now."""
+    stopping: bool = False
+    """It is being stopped, since nobody else did."""
+
+
+async def _stop(attempt: Attempt, context: FlowRunExecutorContext) -> None:
+    try:
+        await context._cancellation_manager.cancel_by_id(attempt.run_id)
+    except httpx.HTTPError:
+        attempt.stopping = False  # the next round tries again
 
 
 _ATTEMPT: Final[ContextVar[Attempt]] = ContextVar("attempt")
@@ -851,11 +879,12 @@ class WarmProcessWorker(ProcessWorker):
         """Look after what was lost, until the worker is torn down."""
         # Nothing for a fork server.
         from flows.compute import key_file  # noqa: PLC0415
-        from flows.errors import NotReady  # noqa: PLC0415
         from flows.prefect_jobs import PrefectJobs  # noqa: PLC0415
         from flows.reconcile import Reconciler  # noqa: PLC0415
         from flows.sealing import Seal  # noqa: PLC0415
 
+        # A store or an engine that hangs holds threads; those of the runs must not wait for them.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         reconciler = Reconciler(
             client=self.client,
             jobs=lambda: PrefectJobs(self.client, Seal.from_file(key_file()), local_workers=True),
@@ -866,37 +895,44 @@ class WarmProcessWorker(ProcessWorker):
             leave=self._leave,
             logger=self._logger,
         )
-        for n in count():
+        # Each by itself: runs must not wait for a store that hangs.
+        self._beside(lambda: self._again_and_again(reconciler.upkeep, UPKEEP_SECONDS))
+        self._beside(lambda: self._again_and_again(reconciler.folders, UPKEEP_SECONDS))
+
+        async def runs() -> None:
+            if await reconciler.runs():
+                self._wanted.set()
+
+        await self._again_and_again(runs, RECONCILE_SECONDS)
+
+    async def _again_and_again(self, round: Callable[[], Coroutine[Any, Any, Any]], seconds: float) -> None:
+        from flows.errors import NotReady  # noqa: PLC0415 - nothing for a fork server
+
+        while True:
             try:
-                # No retries, as above.
-                with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-                    if await reconciler.runs():
-                        self._wanted.set()
-                    if n % UPKEEP_EVERY == 0:
-                        await reconciler.upkeep()
-                        await reconciler.folders()
+                # No retries: the next round is one. In a task of its own, which nobody else has these settings from.
+                with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), anyio.fail_after(ROUND_SECONDS):
+                    await round()
             except Exception as problem:
                 # Whatever it is, the next round may go well, and nobody else would do this.
-                self._logger.log(
-                    logging.DEBUG if isinstance(problem, httpx.HTTPError | NotReady) else logging.ERROR,
-                    "what is lost could not be looked for: %r",
-                    problem,
-                )
-            await anyio.sleep(RECONCILE_SECONDS)
+                away = isinstance(problem, httpx.HTTPError | NotReady)
+                level = logging.DEBUG if away else logging.ERROR
+                self._logger.log(level, "what is lost could not be looked after: %r", problem)
+            await anyio.sleep(seconds)
 
     async def _stop_late(self, run_id: UUID) -> None:
-        """Stop a run whose stop Prefect's own observer has not been told of."""
+        """Stop a run whose stop Prefect's own observer has not been told of. Does not wait for its end."""
         for attempt in self._attempts:
-            if attempt.run_id == run_id and attempt.context is not None:
-                await attempt.context._cancellation_manager.cancel_by_id(run_id)
+            if attempt.run_id == run_id and attempt.context is not None and not attempt.stopping:
+                attempt.stopping = True
+                self._beside(partial(_stop, attempt, attempt.context))
 
     async def _leave(self, run_id: UUID) -> None:
         """End a run of ours that another worker has now."""
         for attempt in self._attempts:
-            if attempt.run_id == run_id and attempt.starter is not None and attempt.starter.run is not None:
+            if attempt.run_id == run_id and attempt.context is not None:
                 attempt.left = True
-                with contextlib.suppress(ProcessLookupError):
-                    attempt.starter.run.signal_all(signal.SIGKILL)
+                await attempt.context.process_manager.kill(run_id, force=True)
 
     async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
         """Prefect's, but the claim says whose it is."""
@@ -942,12 +978,41 @@ class WarmProcessWorker(ProcessWorker):
 
     async def _put_back(self, flow_run: FlowRun) -> None:
         """Into the state that a run had before it was claimed. If that fails, it is found to be lost."""
-        if (before := flow_run.state) is not None:
-            queued: State[Any] = Scheduled(
-                name=before.name, message=before.message, scheduled_time=before.state_details.scheduled_time
-            )
-            with contextlib.suppress(httpx.HTTPError):
-                await self.client.set_flow_run_state(flow_run.id, queued)
+        from flows.reconcile import HANDED_BACK  # noqa: PLC0415 - nothing for a fork server
+
+        if (before := flow_run.state) is None:
+            return
+        at = before.state_details.scheduled_time
+        # The server lets none but a scheduled run become late; and what was lost once is not to count twice.
+        queued: State[Any] = (
+            AwaitingRetry(message=HANDED_BACK, scheduled_time=at)
+            if before.name == "AwaitingRetry"
+            else Scheduled(message=before.message, scheduled_time=at)
+        )
+        with contextlib.suppress(httpx.HTTPError):
+            answer = await self.client.set_flow_run_state(flow_run.id, queued)
+            if answer.status is not SetStateStatus.ACCEPT:
+                self._logger.warning("flow run %s was not put back: %s", flow_run.id, answer.details)
+
+    async def sync_with_backend(self) -> None:
+        """Prefect's, but that the server is away is no reason to end: Prefect's loop does, after half an hour."""
+        try:
+            await super().sync_with_backend()
+        except httpx.HTTPError as problem:
+            if not self._has_successfully_synced or (
+                isinstance(problem, httpx.HTTPStatusError) and problem.response.status_code < 500
+            ):
+                raise
+            self._logger.debug("no heartbeat could be sent: %s", problem)
+
+    async def _submit_run(self, flow_run: FlowRun) -> None:
+        try:
+            await super()._submit_run(flow_run)
+        except httpx.HTTPError as problem:
+            # It would end the worker, and with it all that it runs.
+            self._logger.warning("flow run %s was not begun, for the server is away: %s", flow_run.id, problem)
+            self._submitting_flow_run_ids.discard(flow_run.id)
+            self._release_limit_slot(flow_run.id)
 
     async def _heartbeat(self) -> None:
         """Prefect's own are sent by a loop that has ended when this worker is being ended."""

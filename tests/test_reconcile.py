@@ -19,7 +19,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import AwaitingRetry, Cancelling, Completed, Pending, Running, Scheduled
+from prefect.states import AwaitingRetry, Cancelling, Completed, Late, Pending, Running, Scheduled
 
 from blocks.environment import load_environments
 from flows.prefect_jobs import DELETING, PrefectJobs
@@ -258,6 +258,35 @@ async def test_a_run_that_has_ended_is_not_given_up(world: World) -> None:
     assert await give_up(world.client, run_id, LOST) is None
     assert await give_up(world.client, uuid4(), LOST) is None
     assert "Job completed" == (await world.state(run_id)).name
+
+
+@pytest.mark.server
+async def test_a_run_that_has_changed_since_it_was_seen_is_not_given_up(world: World) -> None:
+    """Another worker was quicker: what was true of the run then is not true of it now."""
+    run_id = await world.claim()
+    seen = (await world.state(run_id)).id
+    assert await give_up(world.client, run_id, LOST, seen=seen) is not None
+    await world.client.set_flow_run_state(run_id, claimed(OTHER))
+    assert await give_up(world.client, run_id, LOST, seen=seen) is None
+    assert await give_up(world.client, run_id, DIED, worker=ME) is None
+    assert StateType.PENDING is (await world.state(run_id)).type
+
+
+@pytest.mark.server
+async def test_a_run_that_waited_for_long_goes_back_too(world: World) -> None:
+    """To the server a claimed run cannot become late; and what was lost once does not count as lost twice."""
+    worker = WarmProcessWorker(work_pool_name=POOL, name=f"{ME} {uuid4()}")
+    worker._client = world.client
+    late, lost = await world.claim(running=False), await world.claim(running=False)
+    run = await world.client.read_flow_run(late)
+    await worker._put_back(run.model_copy(update={"state": Late()}))
+    assert (StateType.SCHEDULED, "Scheduled") == ((await world.state(late)).type, (await world.state(late)).name)
+    assert await give_up(world.client, lost, LOST) is not None
+    run = await world.client.read_flow_run(lost)
+    await world.client.set_flow_run_state(lost, claimed(worker.name))
+    await worker._put_back(run)
+    assert "AwaitingRetry" == (await world.state(lost)).name
+    assert 1 == resumes(await world.client.read_flow_run_states(lost))
 
 
 @pytest.mark.server
