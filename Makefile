@@ -9,7 +9,7 @@ ANYWHERE := not docker and not kubernetes
 FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and not clients and $(ANYWHERE) and not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-chain up test test-docker check format bench chaos clean
+.PHONY: help setup demo demo-chain up test test-docker lint check format bench chaos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,11 +33,13 @@ test-docker: setup ## Run the tests that need Docker, on an engine and a registr
 	@scripts/install-docker
 	@exec .venv/bin/pytest -m docker $(ARGS)
 
-check: setup ## Format, lint, types, layers and the tests that start nothing
+lint: setup ## Format, lint, types, layers
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+check: lint ## The same, and the tests that start nothing
 	.venv/bin/pytest -m "$(FAST)" $(ARGS)
 
 format: setup ## Format the code and sort the imports
