@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -654,10 +653,13 @@ class PrefectJobs(Jobs):
             await self._client.delete_flow_run(run.id)
 
     async def _remove_folder(self, block: ComputeEnvironment, job: Job) -> None:
-        """If it is on this machine; elsewhere it is known by nobody any more, and removed for that."""
+        """
+        If it is on this machine, with what runs in it; elsewhere both are known by nobody any more, and removed for
+        that.
+        """
         try:
-            await asyncio.to_thread(_remove_if_there, block.workspace_root(), job.id)
-        except subprocess.CalledProcessError:
+            await asyncio.to_thread(_remove_what_is_here, block, job.id)
+        except (subprocess.CalledProcessError, OSError):
             raise NotReady("Files of this job cannot be removed at this moment; delete it again later.") from None
 
     async def _remove_artifacts(self, run_id: UUID) -> None:
@@ -926,8 +928,11 @@ class PrefectJobs(Jobs):
         return max((w.last_heartbeat_time for w in workers if w.last_heartbeat_time), default=None)
 
 
-def _remove_if_there(root: Path, job_id: str) -> None:
+def _remove_what_is_here(block: ComputeEnvironment, job_id: str) -> None:
+    """What runs of a job on this machine, which is to write no more, and then its folder."""
+    root = block.workspace_root()
     if os.path.lexists(root / job_id):
+        block.make_runner().remove_job(job_id)
         remove_job(root, job_id)
 
 
