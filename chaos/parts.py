@@ -103,6 +103,20 @@ class Postgres:
         # PostgreSQL refuses to be root, and no other user reaches into the folder of the test.
         self._user = "postgres" if os.geteuid() == 0 else None
 
+    @staticmethod
+    def obstacle() -> str | None:
+        """Why there is none on this machine."""
+        try:
+            for program in ("initdb", "postgres", "pg_isready"):
+                _program(program)
+            if os.geteuid() == 0:
+                pwd.getpwnam("postgres")
+        except NoDatabase as problem:
+            return str(problem)
+        except KeyError:
+            return "there is no user postgres to run PostgreSQL as"
+        return None
+
     @property
     def url(self) -> str:
         return f"postgresql+asyncpg://postgres@127.0.0.1:{self._port}/postgres"
