@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from chaos import plan, table
@@ -123,10 +124,17 @@ def test_a_lock_that_is_held_is_seen_without_taking_it(tmp_path: Path) -> None:
     assert not is_held(lock)
 
 
-def test_the_database_can_be_killed_too() -> None:
-    """Where there is a PostgreSQL; without one the next test leaves out that part."""
+@pytest.mark.postgres
+def test_the_database_can_be_killed_and_comes_back(tmp_path: Path) -> None:
+    """By another process, after its recovery. Where there is no PostgreSQL the next test leaves that part out."""
     if obstacle := Postgres.obstacle():
         pytest.skip(obstacle)
+    with Postgres(tmp_path / "log") as database:
+        before = {process.pid for process in database.processes()}
+        database.kill()
+        assert [] == [pid for pid in before if psutil.pid_exists(pid)]
+        database.start()
+        assert before.isdisjoint(process.pid for process in database.processes())
 
 
 @pytest.mark.worker
