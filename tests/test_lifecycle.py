@@ -315,7 +315,8 @@ def test_what_a_stop_leaves(holding: Holding) -> None:
         job = consumer.job(job_id)
         assert (7, 1) == (job["status"], job["stage"])
         assert b"done" == consumer.read(job, "x.txt")
-        assert b"begun\n" == log.read_bytes()
+        # A shell may still say that its child was terminated.
+        assert log.read_bytes().startswith(b"begun\n")
         assert (log.parents[1] / "0" / "data" / "inputs" / "aa" / "0").read_bytes() == b"x"
         if _ == 0:
             consumer.http.post(f"{OPERATOR}/compute", json={"jobId": job_id}).raise_for_status()
