@@ -154,7 +154,8 @@ _NOWHERE: Final = "The environment of this job is not registered any more, so it
 
 LIVE_STATES: Final = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 _WAITING: Final = [StateType.SCHEDULED]
-_BUSY: Final = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+IN_PROGRESS: Final = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+"""Of runs that a worker has, or is about to begin."""
 _ENDED: Final = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
 
 _JOBS: Final = FlowFilter(name=FlowFilterName(any_=[FLOW_NAME]))
@@ -908,7 +909,7 @@ class PrefectJobs(Jobs):
     async def _environment_state(self, block: ComputeEnvironment) -> EnvironmentState:
         tag = _environment_tag(block.offer.id)
         busy, waiting, workers = await asyncio.gather(
-            self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(_BUSY, tag)),
+            self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(IN_PROGRESS, tag)),
             self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(_WAITING, tag)),
             self._last_seen(block.work_pool),
         )

@@ -47,7 +47,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed, Pending
 
 from blocks.environment import ComputeEnvironment, load_environments
-from flows.prefect_jobs import PrefectJobs
+from flows.prefect_jobs import IN_PROGRESS, PAGE, PrefectJobs
 from flows.states import end_of_taken_out, is_taken_out
 from tasks.execute import end_left_runs
 from tasks.workspace import discard, job_ids
@@ -75,11 +75,7 @@ CLAIM_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 2.0
 """Seconds in which a run of ours is to hear by Prefect's own events that it is being stopped."""
 
-PAGE: Final = 200
-"""Rows Prefect answers at most in one request."""
-
 _CLAIM: Final = "claimed by "
-_IN_PROGRESS: Final = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 def claimed(worker: str) -> State[Any]:
@@ -143,7 +139,7 @@ async def give_up(
         before = resumes(await client.read_flow_run_states(run_id))
         run = await client.read_flow_run(run_id)
         others = worker is not None and worker_of(run) not in (None, worker)
-        if run.state is None or run.state.type not in _IN_PROGRESS or seen not in (None, run.state.id) or others:
+        if run.state is None or run.state.type not in IN_PROGRESS or seen not in (None, run.state.id) or others:
             return None
         if run.state.type is StateType.CANCELLING:
             stopped: State[Any] = Cancelled(message=run.state.message or "stopped on request")
@@ -316,7 +312,7 @@ class Reconciler:
         runs: list[FlowRun] = []
         while True:
             page = await self.client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_IN_PROGRESS))),
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=IN_PROGRESS))),
                 work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self.work_pool])),
                 limit=PAGE,
                 offset=len(runs),
