@@ -55,8 +55,10 @@ from blocks.runner import (
     ImageUnavailable,
     Progress,
     Runner,
+    Waiting,
     told_of_code,
     told_of_limit,
+    unheard,
     untold,
     without_paths,
 )
@@ -157,7 +159,7 @@ class DockerRunner(Runner):
             for container in client.api.containers(all=True, filters={"label": labels}):
                 _remove(client, container["Id"])
 
-    def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:
+    def run(self, execution: Execution, *, stop: Event | None = None, on_waiting: Waiting = unheard) -> ExitReport:
         stop = stop or Event()
         if obstacle := self.obstacle():
             return ExitReport(Ending.REFUSED, None, 0.0, obstacle)

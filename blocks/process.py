@@ -62,8 +62,10 @@ from blocks.runner import (
     Folders,
     Image,
     Runner,
+    Waiting,
     told_of_code,
     told_of_limit,
+    unheard,
     without_paths,
 )
 
@@ -114,7 +116,7 @@ class ProcessRunner(Runner):
             return str(obstacle)
         return None
 
-    def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:
+    def run(self, execution: Execution, *, stop: Event | None = None, on_waiting: Waiting = unheard) -> ExitReport:
         obstacle = self.obstacle()
         if obstacle is None:
             return _carry_out(self, execution, sandboxed=True, stop=stop or Event())

@@ -80,6 +80,14 @@ def untold(done_bytes: int, total_bytes: int, done: int, total: int) -> None:
     """For whom nobody waits."""
 
 
+Waiting = Callable[[str], None]
+"""Told why a run has not begun yet, each time that changes, and an empty text as soon as it has."""
+
+
+def unheard(why: str) -> None:
+    """For whom nobody waits, either."""
+
+
 @dataclass(frozen=True)
 class Execution:
     """One algorithm to run."""
@@ -194,10 +202,11 @@ class Runner(ABC):
         return
 
     @abstractmethod
-    def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:
+    def run(self, execution: Execution, *, stop: Event | None = None, on_waiting: Waiting = unheard) -> ExitReport:
         """
         Run the algorithm to its end or to a limit, whichever comes first. Blocks. Setting *stop*, from any thread,
-        ends the run within a second, as STOPPED.
+        ends the run within a second, as STOPPED. *on_waiting* is told why it cannot begin yet, as one sentence for
+        the consumer, where what it needs is in use; it is called by this thread and must not hold it.
 
         Pre-state: every folder exists and belongs to the caller, and their parent keeps other users out;
         ``transformations/algorithm`` is the program;

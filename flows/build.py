@@ -43,7 +43,7 @@ from tenacity import (
 from blocks.assets import folder_name
 from blocks.environment import ComputeEnvironment
 from blocks.limits import MIB
-from blocks.runner import Ending, ExitReport, Image, ImageUnavailable, Progress
+from blocks.runner import Ending, ExitReport, Image, ImageUnavailable, Progress, Waiting
 from blocks.store import Kind
 from flows.plan import Plan, PlannedStage, Step
 from flows.states import SKIPPED
@@ -218,21 +218,23 @@ def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: Provis
     stage, environment = site.stage, site.environment
     site.workspace.create()
     site.workspace.configuration_log.write_text(configuration_log(inputs, algorithm.file))
-    report = execute_algorithm(
-        environment.make_runner(),
-        site.workspace,
-        job=site.job_id,
-        name=f"{site.job_id}-{stage.index}",
-        entrypoint=stage.container.entrypoint,
-        image=algorithm.image,
-        dids=stage.dids,
-        algorithm_did=folder_name(stage.algorithm_id or ""),
-        secret=site.secret,
-        variables=stage.variables,
-        limits=stage.limits,
-        network=environment.offer.network and stage.network,
-        stop=site.stop,
-    )
+    with _waiting(waiting_key(stage.index)) as on_waiting:
+        report = execute_algorithm(
+            environment.make_runner(),
+            site.workspace,
+            job=site.job_id,
+            name=f"{site.job_id}-{stage.index}",
+            entrypoint=stage.container.entrypoint,
+            image=algorithm.image,
+            dids=stage.dids,
+            algorithm_did=folder_name(stage.algorithm_id or ""),
+            secret=site.secret,
+            variables=stage.variables,
+            limits=stage.limits,
+            network=environment.offer.network and stage.network,
+            stop=site.stop,
+            on_waiting=on_waiting,
+        )
     logger = get_run_logger()
     if report.ok:
         logger.info("algorithm ended after %.1f s", report.seconds)
@@ -393,6 +395,9 @@ Seconds from the signal that stops a job until its process is gone, whatever its
 before and after it, a stop is to be answered within five.
 """
 
+BEGUN: Final = "begun"
+"""What the artifact of a wait says when that is over."""
+
 SHOWN: Final = 100
 """Rows of an artifact: for people. All of them are in the job's logs."""
 
@@ -549,41 +554,89 @@ def fetch_key(stage: int) -> str:
     return f"fetch-{stage}"
 
 
+def waiting_key(stage: int) -> str:
+    """Key of the artifact that tells why a stage's algorithm cannot begin yet; at 100 % it has begun."""
+    return f"waiting-{stage}"
+
+
 @contextmanager
 def _progress(key: str, description: str, things: str = "files") -> Iterator[Progress]:
-    """
-    A progress artifact of the current task that follows what the yielded function is told, once a second.
-
-    A thread of its own does the updates: the function is called from the event loop that fetches, which must
-    not wait for the Prefect server.
-    """
-    told: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
-    done = threading.Event()
-    begun = f"{description}: not begun to arrive"
-    artifact = cast("UUID | None", _tell(create_progress_artifact, progress=0.0, key=key, description=begun))
+    """A progress artifact of the current task that follows what the yielded function is told, once a second."""
+    told = (0, 0, 0, 0)
 
     def report(done_bytes: int, total_bytes: int, done_things: int, all_things: int) -> None:
-        told[0] = (done_bytes, total_bytes, done_things, all_things)
+        nonlocal told
+        told = (done_bytes, total_bytes, done_things, all_things)
+
+    def shown() -> tuple[float, str]:
+        return _percent(*told), f"{description}: {_amounts(things, *told)}"
+
+    with _followed(key, f"{description}: not begun to arrive", shown):
+        yield report
+
+
+@contextmanager
+def _followed(key: str, begun: str, shown: Callable[[], tuple[float, str]]) -> Iterator[None]:
+    """
+    A progress artifact of the current task that says *begun* and then what *shown* answers, once a second; at the
+    end it is at 100 %.
+
+    A thread of its own does the updates: what is shown comes from the event loop that fetches, or from whoever keeps
+    an algorithm to its time, and neither must wait for the Prefect server.
+    """
+    done = threading.Event()
+    artifact = cast("UUID | None", _tell(create_progress_artifact, progress=0.0, key=key, description=begun))
 
     def show(percent: float, text: str) -> None:
         if artifact is not None:
             _tell(update_progress_artifact, artifact, percent, text)
 
     def update() -> None:
-        shown = told[0]
+        before = shown()
         while not done.wait(1.0):
-            if told[0] != shown:
-                shown = told[0]
-                show(_percent(*shown), f"{description}: {_amounts(things, *shown)}")
+            if (now := shown()) != before:
+                before = now
+                show(*now)
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(update,), daemon=True)
     thread.start()
     try:
-        yield report
+        yield
     finally:
         done.set()
         thread.join()
-    show(100.0, f"{description}: {_amounts(things, *told[0])}")
+    show(100.0, shown()[1])
+
+
+@contextmanager
+def _waiting(key: str) -> Iterator[Waiting]:
+    """
+    A progress artifact of the current task that says what the yielded function was told last, if it ever is told
+    anything; at 100 % nothing is waited for any more. Made by a thread, as it is updated by one.
+    """
+    context = contextvars.copy_context()
+    over = Event()
+    why = ""
+    thread: threading.Thread | None = None
+
+    def follow() -> None:
+        with _followed(key, why, lambda: (0.0, why) if why else (100.0, BEGUN)):
+            over.wait()
+
+    def tell(text: str) -> None:
+        nonlocal why, thread
+        why = text
+        if text and thread is None:
+            thread = threading.Thread(target=context.run, args=(follow,), daemon=True)
+            thread.start()
+
+    try:
+        yield tell
+    finally:
+        why = ""
+        over.set()
+        if thread is not None:
+            thread.join()
 
 
 @contextmanager

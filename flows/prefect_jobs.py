@@ -43,7 +43,7 @@ from blocks.environment import ComputeEnvironment, load_environments
 from blocks.limits import FetchLimits, Offer
 from blocks.remote import Access
 from blocks.store import Manifest, NotStored, StoreUnavailable
-from flows.build import fetch_key
+from flows.build import fetch_key, waiting_key
 from flows.compute import DOCUMENT, FLOW_NAME
 from flows.errors import AgreementInUse, JobNotFound, NoSuchResult, NotReady, NotRestartable
 from flows.jobs import (
@@ -812,7 +812,7 @@ class PrefectJobs(Jobs):
         return found
 
     async def _fetches(self, run_ids: Sequence[UUID]) -> dict[tuple[UUID, str], Artifact]:
-        """How far each run's fetches are, by run and ``fetch_key``, as its provisioning tasks report it."""
+        """What the tasks of each run report of their fetches and waits, by run and key of the artifact."""
         if not run_ids:
             return {}
         artifacts = await self._client.read_artifacts(
@@ -995,9 +995,14 @@ def _job_of(
     summary = run.parameters["summary"]
     status, stage = run_status(run.state, steps)
     state = run.state
-    fetch = fetches.get((run.id, fetch_key(stage))) if stage is not None else None
-    if fetch is not None and fetch.task_run_id not in [step.id for step in steps.get(stage or 0, {}).values()]:
-        fetch = None  # of an earlier try
+    tasks = [step.id for step in steps.get(stage, {}).values()] if stage is not None else []
+
+    def told(key: str) -> Artifact | None:
+        artifact = fetches.get((run.id, key))
+        return artifact if artifact is not None and artifact.task_run_id in tasks else None  # of an earlier try
+
+    fetch = told(fetch_key(stage)) if stage is not None else None
+    wait = told(waiting_key(stage)) if stage is not None else None
     final = state is not None and state.is_final()
     environment = summary["environments"][0]
     message = _told(state)
@@ -1025,6 +1030,7 @@ def _job_of(
             stage,
             summary=summary,
             fetch=fetch,
+            wait=wait,
             environment=environments.get(environment),
             before=before,
         ),
@@ -1073,6 +1079,7 @@ def _reason(
     *,
     summary: Mapping[str, Any],
     fetch: Artifact | None,
+    wait: Artifact | None,
     environment: EnvironmentState | None,
     before: int | None,
 ) -> str:
@@ -1088,4 +1095,5 @@ def _reason(
         status,
         seconds=summary["seconds"].get(str(stage)),
         fetching=fetch.description if fetch is not None else None,
+        waiting=wait.description if wait is not None and _fraction(wait) < 1.0 else None,
     )

@@ -57,10 +57,17 @@ def _place(before: int | None) -> str:
     return f"; {before} jobs are before this one"
 
 
-def why_live(status: Status, *, seconds: float | None = None, fetching: str | None = None) -> str:
-    """For a job in progress. *seconds* is what its algorithm has at most, *fetching* how far the inputs are."""
+def why_live(
+    status: Status, *, seconds: float | None = None, fetching: str | None = None, waiting: str | None = None
+) -> str:
+    """
+    For a job in progress. *seconds* is what its algorithm has at most, *fetching* how far the inputs are, *waiting* why
+    its algorithm cannot begin yet.
+    """
     if status is Status.CONFIGURING and fetching:
         return fetching
+    if status is Status.RUNNING and waiting:
+        return waiting
     if status is Status.RUNNING and seconds:
         return f"{_LIVE[status]}; it has {seconds:g} s at most"
     return _LIVE[status]

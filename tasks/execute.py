@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event
 
 from blocks.limits import Limits
-from blocks.runner import Execution, ExitReport, Image, Runner
+from blocks.runner import Execution, ExitReport, Image, Runner, Waiting, unheard
 from tasks.workspace import Workspace, idle
 
 
@@ -27,12 +27,13 @@ def execute_algorithm(
     limits: Limits,
     network: bool,
     stop: Event,
+    on_waiting: Waiting = unheard,
 ) -> ExitReport:
     """
     Run the algorithm of *workspace* to its end or to a limit. Blocks for up to ``limits.seconds``.
 
     *dids* are the names of the input folders. *variables* are the consumer's own and cannot replace the
-    documented ones. Setting *stop* ends it within about half a second.
+    documented ones. Setting *stop* ends it within about half a second. *on_waiting* is told why it cannot begin yet.
 
     Source: contract, section 4, "What the algorithm sees".
     """
@@ -53,6 +54,7 @@ def execute_algorithm(
             network=network,
         ),
         stop=stop,
+        on_waiting=on_waiting,
     )
 
 

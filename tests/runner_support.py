@@ -22,7 +22,7 @@ from threading import Event
 import psutil
 
 from blocks.run_folder import NOBODY
-from blocks.runner import Execution, ExitReport, Runner
+from blocks.runner import Execution, ExitReport, Runner, Waiting, unheard
 
 HERE = Path(__file__).resolve().parent.parent
 SETPRIV = ("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups")
@@ -37,7 +37,7 @@ class Dropped(Runner):
     def obstacle(self) -> str | None:
         raise NotImplementedError
 
-    def run(self, execution: Execution, *, stop: Event | None = None) -> ExitReport:
+    def run(self, execution: Execution, *, stop: Event | None = None, on_waiting: Waiting = unheard) -> ExitReport:
         command, environment = caller(self)
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/"

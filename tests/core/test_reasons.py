@@ -73,6 +73,12 @@ def test_how_long_an_algorithm_has() -> None:
     assert "90" not in why_live(Status.PUBLISHING, seconds=90.0)
 
 
+def test_an_algorithm_that_cannot_begin_says_what_it_waits_for() -> None:
+    """What it waits for comes before how long it may run, and only until it runs."""
+    assert "no GPU is free" == why_live(Status.RUNNING, seconds=90.0, waiting="no GPU is free")
+    assert "GPU" not in why_live(Status.FILTERING, waiting="no GPU is free")
+
+
 @pytest.mark.parametrize(
     ("status", "message", "stage", "stages", "sentence"),
     [
