@@ -4,7 +4,7 @@ KILLS ?= 21
 SEED ?= 1
 
 # What needs no engine that only some machines have.
-ANYWHERE := not docker and not kubernetes
+ANYWHERE := not docker and not kubernetes and not gpu
 # What needs nothing started beside it.
 FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and not clients and $(ANYWHERE) and not slow
 

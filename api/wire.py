@@ -124,7 +124,7 @@ class BrizoStatus(JobStatus):
 
 
 class Environment(BaseModel):
-    """A compute environment, in both spellings at once; contract, section 3. The last two are not in it."""
+    """A compute environment, in both spellings at once; contract, section 3. The last four are not in it."""
 
     id: str
     desc: str
@@ -145,6 +145,8 @@ class Environment(BaseModel):
     lastSeen: Timestamp | None
     feeToken: str
     queuedJobs: int
+    totalGPU: int = Field(description="for all jobs together; gpuNumber is what one job may have")
+    freeGPU: int = Field(description="those of totalGPU that no job has at present")
     obstacle: str | None = Field(description="Why it cannot run jobs at present")
 
 
@@ -240,6 +242,8 @@ def environment(state: EnvironmentState, *, address: str = "", fee_token: str = 
         lastSeen=timestamp(state.last_seen) if state.last_seen else None,
         feeToken=offer.fee_token or fee_token,
         queuedJobs=state.waiting,
+        totalGPU=offer.all_gpus,
+        freeGPU=state.free_gpus,
         obstacle=state.obstacle,
     )
 

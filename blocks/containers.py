@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from posixpath import normpath
@@ -41,7 +41,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig, Mount, Ulimit
 from docker.utils import parse_repository_tag
 
-from blocks import container_guard
+from blocks import container_guard, gpus
 from blocks.limits import Limits
 from blocks.run_folder import LOG_NAME, DiskWatch, give_back, hand_over, private_uid
 from blocks.runner import (
@@ -85,7 +85,7 @@ TRY: Final = "c2d.try"
 @dataclass(frozen=True)
 class DockerRunner(Runner):
     """
-    One container per run, of the image the execution names; gpus are not offered.
+    One container per run, of the image the execution names.
 
     The engine has to see the folders of a run where the caller sees them, so it is one on the same machine. As root
     the algorithm gets a user id of its own, with what that means for the folders (see ``ProcessRunner``); as any
@@ -111,11 +111,18 @@ class DockerRunner(Runner):
     """Deadline of a pull."""
     service: str = ""
     """Whose containers these are, among the services that share the engine."""
+    gpus: tuple[str, ...] = ()
+    """The engine's GPUs that runs may have, as the engine knows them: numbers or UUIDs."""
+    gpu_turn: Path = Path("gpus.lock")
+    """A file, the same for all runs that choose among these GPUs."""
+    gpu_seconds: float = 86_400.0
+    """How long a run waits for GPUs that others have."""
 
     def obstacle(self) -> str | None:
         try:
             with closing(self._connect()) as client:
-                return self._missing(client.info())
+                missing = self._missing(client.info())
+                return missing or (gpus.obstacle(client, self.host, self.gpus) if self.gpus else None)
         except OSError as error:
             return f"{_SILENT}: {_words(error)}; start it, or let this user speak to it"
 
@@ -170,7 +177,7 @@ class DockerRunner(Runner):
                 if stop.is_set():
                     return ExitReport(Ending.STOPPED, None, 0.0, told_of_limit(Ending.STOPPED, execution.limits))
                 return ExitReport(Ending.IMAGE_UNAVAILABLE, None, 0.0, str(reason))
-            return self._carry_out(client, execution, image, stop)
+            return self._carry_out(client, execution, image, stop, on_waiting)
 
     def _connect(self) -> docker.DockerClient:
         """Raises: OSError if no engine answers."""
@@ -210,7 +217,12 @@ class DockerRunner(Runner):
     # --- One run ------------------------------------------------------------------------------------------------
 
     def _carry_out(
-        self, client: docker.DockerClient, execution: Execution, image: Mapping[str, Any], stop: Event
+        self,
+        client: docker.DockerClient,
+        execution: Execution,
+        image: Mapping[str, Any],
+        stop: Event,
+        on_waiting: Waiting,
     ) -> ExitReport:
         folders, limits = execution.folders, execution.limits
         name = f"c2d-{execution.name}"
@@ -222,6 +234,13 @@ class DockerRunner(Runner):
                 mark = uuid4().hex
                 undo.enter_context(_guarded(self.host, f"{TRY}={mark}"))
                 _remove(client, name)
+                turn = undo.enter_context(ExitStack())
+                try:
+                    devices = turn.enter_context(self._devices(client, limits.gpus, stop, on_waiting))
+                except gpus.NoGpu as reason:
+                    if stop.is_set():
+                        return ExitReport(Ending.STOPPED, None, 0.0, told_of_limit(Ending.STOPPED, limits))
+                    return ExitReport(Ending.REFUSED, None, 0.0, str(reason))
                 # Else the engine makes it, as root, whoever the caller is.
                 (folders.logs / LOG_NAME).unlink(missing_ok=True)
                 (folders.logs / LOG_NAME).touch(exist_ok=False)
@@ -229,8 +248,11 @@ class DockerRunner(Runner):
                 undo.callback(_remove, client, name)
                 try:
                     client.api.create_container_from_config(
-                        self._configuration(client, execution, image, user=f"{uid}:{gid}", mark=mark), name
+                        self._configuration(client, execution, image, user=f"{uid}:{gid}", mark=mark, devices=devices),
+                        name,
                     )
+                    turn.close()
+                    on_waiting("")
                     output = _Output(client.api.attach(name, stream=True, demux=True), log, limits.disk_bytes)
                     killed = undo.enter_context(_oom_kills(client, name))
                     began = time.monotonic()
@@ -253,8 +275,25 @@ class DockerRunner(Runner):
             return ExitReport(ending, code, seconds, told_of_code(code))
         return ExitReport(ending, None, seconds, told_of_limit(ending, limits))
 
+    def _devices(
+        self, client: docker.DockerClient, wanted: int, stop: Event, on_waiting: Waiting
+    ) -> AbstractContextManager[tuple[str, ...]]:
+        """Raises, when it is entered: NoGpu."""
+        if not wanted:
+            return nullcontext(())
+        return gpus.allotted(
+            client, wanted, self.gpus, self.gpu_turn, stop=stop, on_waiting=on_waiting, seconds=self.gpu_seconds
+        )
+
     def _configuration(
-        self, client: docker.DockerClient, execution: Execution, image: Mapping[str, Any], *, user: str, mark: str
+        self,
+        client: docker.DockerClient,
+        execution: Execution,
+        image: Mapping[str, Any],
+        *,
+        user: str,
+        mark: str,
+        devices: Sequence[str],
     ) -> dict[str, Any]:
         limits = execution.limits
         own = image["Config"] or {}
@@ -280,17 +319,19 @@ class DockerRunner(Runner):
             # What it prints goes to its log and nowhere else; the engine's own has no limit.
             log_config=LogConfig(type=LogConfig.types.NONE),
             runtime=self.runtime or None,
+            device_requests=gpus.request(devices),
         )
         return dict(
             client.api.create_container_config(
                 image["Id"],
                 command=[execution.entrypoint],
                 entrypoint=["/bin/sh", "-c", _PORTER.format(mark=_OOM_MARK.decode()), "sh"],
-                environment=_variables(execution, own.get("Env") or ()),
+                environment=_variables(execution, own.get("Env") or ()) | gpus.visible(devices),
                 user=user,
                 hostname="c2d",
                 working_dir="/data",
-                labels={SERVICE: self.service, JOB: execution.job or execution.name, TRY: mark},
+                labels={SERVICE: self.service, JOB: execution.job or execution.name, TRY: mark}
+                | ({gpus.GPUS: ",".join(devices)} if devices else {}),
                 healthcheck={"test": ["NONE"]},
                 host_config=host,
             )
@@ -334,7 +375,7 @@ def _mounts(folders: Folders) -> list[Mount]:
     return [*tree, Mount(f"/data/logs/{LOG_NAME}", str(folders.log), type="bind", read_only=True)]
 
 
-def _variables(execution: Execution, own: Sequence[str]) -> dict[str, str]:
+def _variables(execution: Execution, own: Sequence[str]) -> dict[str, str | None]:
     """Beside those of the image, which belong to its programs."""
     lang = {} if any(variable.startswith("LANG=") for variable in own) else {"LANG": "C.UTF-8"}
     return {

@@ -14,7 +14,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.types import SecretDict
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from blocks.limits import Offer
+from blocks.limits import CENTURY, Offer
 from blocks.process import ProcessRunner
 from blocks.remote import Access
 from blocks.runner import Runner
@@ -73,6 +73,10 @@ class ComputeEnvironment(Block):
         default="", description="One of the engine's runtimes, such as runsc; empty: its default."
     )
     docker_network: str = Field(default="bridge", description="The engine's network for algorithms that may have one.")
+    gpu_devices: tuple[str, ...] = Field(
+        default=(),
+        description="The engine's GPUs for its jobs, by number or UUID, in no other environment; empty: the first.",
+    )
     pull: Literal["always", "missing", "never"] = Field(
         default="missing",
         description="When a job asks for its image at the registry.",
@@ -140,8 +144,12 @@ class ComputeEnvironment(Block):
 
     @model_validator(mode="after")
     def _offers_what_its_runner_has(self) -> Self:
-        if self.offer.limits.gpus:
-            raise ValueError(f"the runner {self.runner} has no GPU; offer none")
+        if self.runner == "process" and self.offer.all_gpus:
+            raise ValueError("the runner process has no GPU; offer none")
+        if self.gpu_devices and len(self.gpu_devices) != self.offer.all_gpus:
+            raise ValueError(f"gpu_devices names {len(self.gpu_devices)} GPUs; the offer has {self.offer.all_gpus}")
+        if self.gpu_devices and self.runner != "docker":
+            raise ValueError("gpu_devices is for the runner docker only")
         if self.runner != "process" and (self.allow_unsandboxed or self.system or self.path):
             raise ValueError("allow_unsandboxed, system and path are for the runner process only")
         return self
@@ -194,6 +202,9 @@ class ComputeEnvironment(Block):
                 pull_seconds=self.offer.fetch.seconds_total,
                 # On one machine two services have two folders, and two workers of one service the same.
                 service=str(self.workspace_root()),
+                gpus=self.gpu_devices or tuple(map(str, range(self.offer.all_gpus))),
+                gpu_turn=self.workspace_root() / f"{self.offer.id}.gpus",
+                gpu_seconds=self.offer.max_wait or CENTURY,
             )
         return ProcessRunner(system=self.system, path=self.path, allow_unsandboxed=self.allow_unsandboxed)
 

@@ -41,6 +41,7 @@ class Limits(BaseModel):
     """Everything the algorithm writes: outputs, logs, scratch, together."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     gpus: Annotated[int, Field(ge=0)] = 0
+    """What one run may have; one that asks for none has none."""
 
     def capped(self, **wanted: float | None) -> Self:
         """These limits, each lowered (never raised) to the *wanted* value where one is given."""
@@ -98,6 +99,8 @@ class Offer(BaseModel):
     """Whether an algorithm may have a network at all."""
     cpu_type: str = ""
     gpu_type: str = ""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs for all jobs together; never less than one job may have."""
     price_min: Annotated[float, Field(ge=0)] = 0.0
     """Price of a minute, in units of *fee_token*."""
     fee_token: str = ""
@@ -107,3 +110,7 @@ class Offer(BaseModel):
     """Seconds a job may wait for its turn; past them it ends as expired in the queue. 0: for ever."""
     storage_expiry: Annotated[int, Field(gt=0, le=CENTURY)] = 604_800
     """Seconds results are kept after the end of their job."""
+
+    @property
+    def all_gpus(self) -> int:
+        return max(self.gpus, self.limits.gpus)

@@ -97,6 +97,8 @@ class Job:
     """The main data set: the id of the first input of the first stage; empty if there is none."""
     whitelist: tuple[str, ...] = ()
     """Addresses, in lower case, that may have the results beside the owner."""
+    gpus: int = 0
+    """That its algorithm has at this moment."""
 
     @property
     def text(self) -> str:
@@ -181,6 +183,8 @@ class EnvironmentState:
     waiting: int
     last_seen: datetime | None
     """When a worker of its pool last reported; None: never."""
+    free_gpus: int = 0
+    """Those of its GPUs that no job has at this moment."""
     obstacle: str | None = None
     """Why it cannot run jobs at present; None when it can."""
 
@@ -368,6 +372,7 @@ def summary_of(plan: Plan) -> Mapping[str, Any]:
         "environments": sorted({stage.environment for stage in stages}),
         "stages": [stage.index for stage in stages],
         "seconds": {str(stage.index): stage.limits.seconds for stage in stages},
+        "gpus": {str(stage.index): stage.limits.gpus for stage in stages if stage.limits.gpus},
         "inputs": [planned.id for stage in stages for planned in stage.inputs if planned.stage is None],
         "document": next((planned.id for planned in stages[0].inputs), ""),
         "whitelist": list(plan.whitelist),

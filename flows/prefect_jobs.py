@@ -918,8 +918,15 @@ class PrefectJobs(Jobs):
             running=busy,
             waiting=waiting,
             last_seen=workers,
+            free_gpus=await self._free_gpus(block.offer),
             obstacle=await self._obstacle(block),
         )
+
+    async def _free_gpus(self, offer: Offer) -> int:
+        if not offer.all_gpus:
+            return 0
+        jobs = await self._jobs_of(await self._runs(_in_states(IN_PROGRESS, _environment_tag(offer.id))))
+        return max(0, offer.all_gpus - sum(job.gpus for job in jobs))
 
     async def _last_seen(self, work_pool: str) -> datetime | None:
         try:
@@ -1045,6 +1052,7 @@ def _job_of(
         # Runs made by earlier versions tell neither.
         document_id=summary.get("document", ""),
         whitelist=tuple(summary.get("whitelist", ())),
+        gpus=summary.get("gpus", {}).get(str(stage), 0) if status is Status.RUNNING and not _holds_up(wait) else 0,
     )
 
 
@@ -1066,6 +1074,10 @@ def _progress(steps: Steps, stages: int, fetch: Artifact | None) -> float:
     fetching = _fraction(fetch) if fetch is not None else 0.0
     done = len(ended) + (fetching if fetching < 1.0 else 0.0)
     return min(round(done / (len(Phase) * stages), 3), 1.0)
+
+
+def _holds_up(wait: Artifact | None) -> bool:
+    return wait is not None and _fraction(wait) < 1.0
 
 
 def _fraction(fetch: Artifact) -> float:
@@ -1095,5 +1107,5 @@ def _reason(
         status,
         seconds=summary["seconds"].get(str(stage)),
         fetching=fetch.description if fetch is not None else None,
-        waiting=wait.description if wait is not None and _fraction(wait) < 1.0 else None,
+        waiting=wait.description if wait is not None and _holds_up(wait) else None,
     )

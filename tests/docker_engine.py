@@ -48,7 +48,8 @@ class Engine:
 
     folder: Path
     client: docker.DockerClient
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
+    """None for one that was there before."""
 
     @property
     def host(self) -> str:
@@ -103,9 +104,9 @@ class Engine:
 
 
 @contextmanager
-def docker_engine(folder: Path, **configuration: Any) -> Iterator[Engine]:
+def docker_engine(folder: Path, *, programs: Path | None = None, **configuration: Any) -> Iterator[Engine]:
     """
-    An engine with IMAGE in it, without networks but ``none`` and ``host``.
+    An engine with IMAGE in it, without networks but ``none`` and ``host``. It finds what is in *programs*, too.
 
     *folder* has to have a short path: a socket's may have 107 characters.
     """
@@ -133,6 +134,7 @@ def docker_engine(folder: Path, **configuration: Any) -> Iterator[Engine]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"} if programs else None,
         )
     try:
         with closing(_client(folder, process, log)) as client:

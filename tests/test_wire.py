@@ -67,6 +67,7 @@ def test_an_environment_tells_parts_of_a_gib_and_that_it_was_never_seen() -> Non
         offer=Offer(id="e", limits=limits), running=1, waiting=4, last_seen=None, obstacle="none up"
     )
     environment = wire.environment(state)
+    assert (0, 0, 0) == (environment.gpuNumber, environment.totalGPU, environment.freeGPU)
     assert (0.5, 10, 1.5, 60) == (
         environment.ramGB,
         environment.diskGB,
@@ -79,6 +80,15 @@ def test_an_environment_tells_parts_of_a_gib_and_that_it_was_never_seen() -> Non
         environment.queuedJobs,
         environment.obstacle,
     )
+
+
+def test_gpus_of_a_job_and_of_all() -> None:
+    """What one job may have, what all have together, never less than that, and what nobody has now."""
+    for gpus, total in ((0, 2), (8, 8)):
+        offer = Offer(id="e", gpus=gpus, limits=Limits(gpus=2))
+        state = EnvironmentState(offer=offer, running=1, waiting=0, last_seen=None, free_gpus=1)
+        listed = wire.environment(state)
+        assert (2, 2, total, 1) == (listed.nGPU, listed.gpuNumber, listed.totalGPU, listed.freeGPU)
 
 
 @pytest.mark.parametrize(
