@@ -12,8 +12,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -28,12 +28,16 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 from blocks.limits import MIB
 
 CHUNK: Final = MIB
+PIECE: Final = MIB // 4
+"""Handed to a reader at a time."""
 WINDOW: Final = 16 * MIB
 """
-Streamed from the store at a time: one request of an object store, and the memory one download takes.
+Streamed from the store at a time, at most: one request of an object store, and the memory one download takes.
 
-Not smaller: some stores read the whole object to answer any part of it, for its ETag.
+Not less for a single reader: some stores read the whole object to answer any part of it, for its ETag.
 """
+ALL_WINDOWS: Final = 64 * MIB
+"""About what all readers of this process together hold; with so many that it does not do, a piece each."""
 SEEK_WINDOW: Final = 4 * MIB
 PART: Final = 8 * MIB
 """Written at a time; S3 wants parts of 5 MiB at least and at most 10 000 of them."""
@@ -44,6 +48,20 @@ T = TypeVar("T")
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 _OBJECT_STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"})
 """Schemes whose stores have no folders to make; asking them to costs a request and more rights."""
+
+
+_readers: set[object] = set()
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[], int]]:
+    """One reader more in this process. Tells what each of them may hold, in whole pieces."""
+    reader = object()
+    _readers.add(reader)
+    try:
+        yield lambda: PIECE * max(1, ALL_WINDOWS // PIECE // len(_readers))
+    finally:
+        _readers.discard(reader)
 
 
 class StoreUnavailable(Exception):
@@ -191,9 +209,10 @@ class ResultStore:
         window = _Window(self, self._place(job_id, name), self.size(job_id, name))
         return io.BufferedReader(window, SEEK_WINDOW)
 
-    def stream(self, job_id: str, name: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    def stream(self, job_id: str, name: str, start: int = 0, end: int | None = None) -> Generator[bytes, None, None]:
         """
-        Bytes from *start* up to, not including, *end* (the end of the file if None), in pieces of 1 MiB.
+        Bytes from *start* up to, not including, *end* (the end of the file if None), in pieces of 256 KiB. What is held
+        of the file is more only for who reads on, and less the more are reading in this process.
 
         Raises:
             NotStored: At the call, not at the first piece.
@@ -202,11 +221,16 @@ class ResultStore:
         place, size = self._place(job_id, name), self.size(job_id, name)
         return self._pieces(place, max(0, start), size if end is None else min(end, size))
 
-    def _pieces(self, place: str, start: int, end: int) -> Iterator[bytes]:
-        for at in range(start, end, WINDOW):
-            window = self._range(place, at, min(at + WINDOW, end))
-            for offset in range(0, len(window), CHUNK):
-                yield window[offset : offset + CHUNK]
+    def _pieces(self, place: str, start: int, end: int) -> Generator[bytes, None, None]:
+        at, size = start, PIECE
+        with _reading() as share:
+            while at < end:
+                window = self._range(place, at, min(at + size, end))
+                at += len(window)
+                for offset in range(0, len(window), PIECE):
+                    yield window[offset : offset + PIECE]
+                del window  # else it is held beside the next one
+                size = min(2 * size, WINDOW, share())
 
     def _range(self, place: str, start: int, end: int) -> bytes:
         """Bytes from *start* up to *end*, both within the file, each time by a request that can be repeated."""

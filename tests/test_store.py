@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import traceback
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +84,28 @@ def test_an_empty_file_is_kept(store: ResultStore) -> None:
     assert store.read_bytes(JOB, "empty") == b""
     assert store.size(JOB, "empty") == 0
     assert list(store.stream(JOB, "empty")) == []
+
+
+def test_readers_that_wait_hold_little(store: ResultStore) -> None:
+    """A hundred readers, each in the middle of its file, as clients on slow lines are; who reads alone asks seldom."""
+    content = bytes(24 * MIB)
+    store.put_bytes(JOB, "large", content)
+    store.read_bytes(JOB, "large")
+    tracemalloc.start()
+    try:
+        readers = []
+        for _ in range(100):
+            reader = store.stream(JOB, "large")
+            taken = sum(len(next(reader)) for _ in range(40))
+            assert 10 * MIB == taken
+            readers.append(reader)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 300 * MIB, held
+    for reader in readers:
+        reader.close()
+    assert content == b"".join(store.stream(JOB, "large"))
 
 
 def test_results_of_single_stages_can_be_taken_back(store: ResultStore) -> None:
