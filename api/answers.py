@@ -74,6 +74,10 @@ RANGE: Final = {
 }
 RANGE_OF_FILE: Final[Answers] = {
     **FILE,
+    307: {
+        "description": "Where the environment has results fetched from its store: a link that holds for a short time",
+        "headers": {"Location": {"required": True, "schema": {"type": "string", "format": "uri"}}},
+    },
     206: {
         "description": "The part that the header Range asks for",
         "headers": {"Content-Range": {"required": True, "schema": {"type": "string"}}},

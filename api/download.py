@@ -8,7 +8,7 @@ from typing import Final
 from urllib.parse import quote
 
 from fastapi.requests import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool
 from werkzeug.datastructures import Range
 from werkzeug.http import dump_options_header, parse_range_header
@@ -21,7 +21,8 @@ _RFC8187_PLAIN: Final = "!#$&+-.^_`|~"
 
 async def download(request: Request, jobs: Jobs, job: Job, index: int) -> Response:
     """
-    Result *index* of *job*, which it has. The file's bytes never pass through the event loop's own thread.
+    Result *index* of *job*, which it has; or, where its environment says so, where the store has it. The file's bytes
+    never pass through the event loop's own thread.
 
     Several ranges at once are answered with the whole file, as RFC 9110 allows.
     """
@@ -30,6 +31,10 @@ async def download(request: Request, jobs: Jobs, job: Job, index: int) -> Respon
     headers = _headers(result)
     if request.method == "HEAD":
         return Response(headers={**headers, "Content-Length": str(size)})
+    link = await jobs.link(job.id, index, headers["Content-Disposition"], headers["Content-Type"])
+    if link is not None:
+        # Whoever has it can read the file: no cache may keep it, and no log of ours has it.
+        return RedirectResponse(link, 307, headers={"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"})
     wanted = _wanted_range(request, result)
     start, end = 0, size
     if wanted is not None:

@@ -96,6 +96,12 @@ class ComputeEnvironment(Block):
         default=SecretDict({}),
         description="Options and credentials of the result store, as fsspec takes them.",
     )
+    link_seconds: int = Field(
+        default=0,
+        ge=0,
+        le=604_800,
+        description="Send who downloads a result on to the store, by a link that holds for so long; 0: not. S3 only.",
+    )
     fetch_options: SecretDict = Field(
         default=SecretDict({}),
         description="Options and credentials for fetching inputs, by URL scheme, as fsspec takes them.",
@@ -146,6 +152,8 @@ class ComputeEnvironment(Block):
     def _offers_what_its_runner_has(self) -> Self:
         if self.runner == "process" and self.offer.all_gpus:
             raise ValueError("the runner process has no GPU; offer none")
+        if self.link_seconds and not self.results.startswith(("s3://", "s3a://")):
+            raise ValueError("link_seconds is for results in S3 only")
         if self.gpu_devices and len(self.gpu_devices) != self.offer.all_gpus:
             raise ValueError(f"gpu_devices names {len(self.gpu_devices)} GPUs; the offer has {self.offer.all_gpus}")
         if self.gpu_devices and self.runner != "docker":

@@ -232,6 +232,20 @@ class ResultStore:
                 del window  # else it is held beside the next one
                 size = min(2 * size, WINDOW, share())
 
+    def link(self, job_id: str, name: str, seconds: int, *, disposition: str, media_type: str) -> str | None:
+        """
+        A URL by which whoever has it can get a file from the store itself, for so many *seconds*, under the headers
+        Content-Disposition and Content-Type that are given. None if stores of this kind make no such URLs; whether the
+        file is there is not asked.
+        """
+        if not _is_s3(self.url):
+            return None
+        place = self._place(job_id, name)
+        headers = {"ResponseContentDisposition": disposition, "ResponseContentType": media_type}
+        return str(
+            self._do("a link could not be made", lambda fs, root: fs.url(f"{root}/{place}", expires=seconds, **headers))
+        )
+
     def _range(self, place: str, start: int, end: int) -> bytes:
         """Bytes from *start* up to *end*, both within the file, each time by a request that can be repeated."""
         failure = "a file could not be read"
@@ -411,9 +425,13 @@ def _stage_of(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
 def _options(url: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The operator's options, over those without which a kind of store does not serve."""
-    if not url.startswith(("s3://", "s3a://")):
+    if not _is_s3(url):
         return dict(given)
     config = {
         # By default botocore checks every answer against a checksum only Amazon leaves out of ranged ones; rclone
@@ -422,6 +440,8 @@ def _options(url: str, given: Mapping[str, Any]) -> dict[str, Any]:
         "response_checksum_validation": "when_required",
         # s3fs tries five times around botocore's five: a store that is down took a quarter of a minute to say so.
         "retries": {"total_max_attempts": 2},
+        # For links only; Amazon's newer regions, and most other stores, take no older ones.
+        "signature_version": "s3v4",
         "connect_timeout": 10,
         **given.get("config_kwargs", {}),
     }

@@ -279,6 +279,17 @@ class Jobs(ABC):
         """
 
     @abstractmethod
+    async def link(self, job_id: str, index: int, disposition: str, media_type: str) -> str | None:
+        """
+        A URL at which a result can be had from its store, for a short time and by whoever has the URL, with these
+        headers Content-Disposition and Content-Type. None where the job's environment wants it to be had here; then
+        ``read`` tells whether it can be.
+
+        Raises:
+            JobNotFound, NoSuchResult, ResultsExpired.
+        """
+
+    @abstractmethod
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
         """
         Bytes *start* to *end* (exclusive) of a result, in chunks. The iterator blocks.
@@ -571,3 +582,6 @@ class MemoryJobs(Jobs):
         if (job_id, index) not in self._bodies:
             raise NoSuchResult(f"No such index {index} in this compute job")
         return iter([self._bodies[job_id, index][start:end]])
+
+    async def link(self, job_id: str, index: int, disposition: str, media_type: str) -> str | None:
+        return None

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -436,17 +437,32 @@ class PrefectJobs(Jobs):
             return [(block.offer.fetch, block.access()) for _, block in sorted((await self._blocks()).items())]
 
     async def read(self, job_id: str, index: int, start: int, end: int) -> Iterator[bytes]:
+        async with _reaching_out():
+            block, name = await self._stored(job_id, index)
+            return await asyncio.to_thread(block.store().stream, job_id, name, start, end)
+
+    async def link(self, job_id: str, index: int, disposition: str, media_type: str) -> str | None:
+        async with _reaching_out():
+            if not any(block.link_seconds for block in (await self._blocks()).values()):
+                return None
+            block, name = await self._stored(job_id, index)
+            if not block.link_seconds:
+                return None
+            link = partial(block.store().link, disposition=disposition, media_type=media_type)
+            return await asyncio.to_thread(link, job_id, name, block.link_seconds)
+
+    async def _stored(self, job_id: str, index: int) -> tuple[ComputeEnvironment, str]:
+        """Where a result is: in the store of which environment, under which name. Raises as ``read``."""
         job = await only_job(self, job_id)
         if job.expired:
             raise results_expired(job)
         if not 0 <= index < len(job.results):
             raise NoSuchResult(f"No such index {index} in this compute job")
-        async with _reaching_out():
-            store = (await self._blocks())[job.environment].store()
-            manifest = await asyncio.to_thread(store.manifest, job_id)
-            if manifest is None:
-                raise NoSuchResult(f"No results for job {job_id}")
-            return await asyncio.to_thread(store.stream, job_id, manifest.ordered()[index].name, start, end)
+        block = (await self._blocks())[job.environment]
+        manifest = await asyncio.to_thread(block.store().manifest, job_id)
+        if manifest is None:
+            raise NoSuchResult(f"No results for job {job_id}")
+        return block, manifest.ordered()[index].name
 
     def _sealed(self, workflow: Workflow) -> tuple[str, str]:
         return self._seal.fingerprint(document_digest(workflow)), self._seal.close(workflow.model_dump(mode="json"))

@@ -6,19 +6,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
+import httpx
 import pytest
+import yaml
 from cryptography.fernet import Fernet
 from werkzeug.http import parse_options_header
 
 from api.download import content_disposition
 from api.links import Links
+from cli.service import Service
 from flows.errors import LinkExpired, NoSuchResult
-from flows.jobs import Job
+from flows.jobs import Job, MemoryJobs
 from flows.sealing import create_key_file
 from flows.status import Status
-from tests.factories import OWNER, Client, client, result, settings
+from tests.conftest import DEFINITIONS
+from tests.documents import stage
+from tests.factories import OWNER, Client, client, offers, result, settings
+from tests.s3_server import s3_server
+from tests.test_end_to_end import Consumer, workflow
 
 BODY = b"0123456789"
 
@@ -254,3 +261,60 @@ def test_the_link_to_a_deleted_job_is_unknown(local: Client) -> None:
     assert 200 == local.get(job["outputsURL"][0]).status_code
     local.delete("/api/v1/operator/compute", params={"jobId": job_id})
     assert 404 == local.get(job["outputsURL"][0]).status_code
+
+
+class InTheStore(MemoryJobs):
+    """Jobs of an environment that has results fetched from its store."""
+
+    async def link(self, job_id: str, index: int, disposition: str, media_type: str) -> str | None:
+        return f"https://store.example/{job_id}/{index}?{urlencode({'name': disposition, 'type': media_type})}"
+
+
+def test_where_the_store_has_it(folder: Path) -> None:
+    """GET is sent on, with what the store is to call it, and kept by nobody; HEAD is answered here."""
+    with client(settings(folder), InTheStore(offers())) as made:
+        job_id = made.started()
+        made.jobs.publish(job_id, [result("a b.txt", BODY)])
+        (job,) = made.get("/api/v1/operator/compute", params={"jobId": job_id}).json()
+        sent_on = made.get(job["results"][0]["url"], headers={"range": "bytes=2-4"})
+        query = urlencode({"name": 'attachment; filename="a b.txt"', "type": "text/plain"})
+        assert (307, f"https://store.example/{job_id}/0?{query}") == (sent_on.status_code, sent_on.headers["location"])
+        assert ("no-store", "no-referrer") == (sent_on.headers["cache-control"], sent_on.headers["referrer-policy"])
+        head = made.request("HEAD", job["results"][0]["url"])
+        assert (200, "10") == (head.status_code, head.headers["content-length"])
+
+
+@pytest.mark.worker
+@pytest.mark.s3
+@pytest.mark.slow
+def test_results_are_had_from_the_store_itself(tmp_path: Path) -> None:
+    """Over a real store that checks signatures; a client that follows redirects notices nothing."""
+    with s3_server(tmp_path / "s3") as options:
+        tests = yaml.safe_load(DEFINITIONS.read_text())
+        default = tests["definitions"]["environments"][0]
+        tests["definitions"]["environments"] = [
+            {**default, "results": "s3://results/c2d", "results_options": options, "link_seconds": 60}
+        ]
+        tests["deployments"] = [
+            each for each in tests["deployments"] if each["name"] in ("register-environments", "default")
+        ]
+        definitions = tmp_path / "prefect.yaml"
+        definitions.write_text(yaml.safe_dump(tests))
+        writes = "import os\nopen(os.environ['OUTPUTS'] + '/x.txt', 'w').write('0123456789')\n"
+        with (
+            Service(state=tmp_path / "state", definitions=definitions, variables={}) as service,
+            httpx.Client(base_url=service.api_url, timeout=60.0) as http,
+        ):
+            consumer = Consumer(http)
+            job_id = consumer.submit(workflow(stages=[stage(rawcode=writes)]))
+            job = consumer.wait(job_id, lambda job: job["status"] == 70 and bool(job["results"]))
+            (url,) = [found["url"] for found in job["results"] if found["filename"] == "x.txt"]
+            sent_on = http.get(url)
+            assert 307 == sent_on.status_code
+            assert sent_on.headers["location"].startswith(f"{options['endpoint_url']}/results/c2d/")
+            assert options["secret"] not in sent_on.headers["location"]
+            got = http.get(url, headers={"range": "bytes=2-4"}, follow_redirects=True)
+            assert b"234" == got.content  # rclone answers 200
+            assert "attachment; filename=x.txt" == got.headers["content-disposition"]
+            log = "".join(path.read_text() for path in (tmp_path / "state" / "logs").iterdir())
+            assert "X-Amz-Signature" not in log

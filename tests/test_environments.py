@@ -148,6 +148,8 @@ def test_a_key_is_an_environments_address(tmp_path: Path, address: str) -> None:
         {"offer": {"id": "a"}, "work_pool": "p", "runner": "trust"},
         {"offer": {"id": "a", "limits": {"gpus": 1}}, "work_pool": "p"},
         {"offer": {"id": "a", "gpus": 1}, "work_pool": "p"},
+        {"offer": {"id": "a"}, "work_pool": "p", "link_seconds": 60},
+        {"offer": {"id": "a"}, "work_pool": "p", "link_seconds": 700_000, "results": "s3://a/b"},
         {"offer": {"id": "a", "gpus": 3}, "work_pool": "p", "runner": "docker", "gpu_devices": ["0", "1"]},
         {"offer": {"id": "a", "gpus": 1}, "work_pool": "p", "runner": "docker", "gpu_devices": ["all"] * 2},
         {"offer": {"id": "a"}, "work_pool": "p", "runner": "docker", "allow_unsandboxed": True},

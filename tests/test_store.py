@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from blocks.store import (
     StoreUnavailable,
     _stored_name,
 )
+from tests.runner_bench import eventually
 from tests.s3_server import s3_server
 
 JOB = "0123456789abcdef" * 2
@@ -106,6 +108,28 @@ def test_readers_that_wait_hold_little(store: ResultStore) -> None:
     for reader in readers:
         reader.close()
     assert content == b"".join(store.stream(JOB, "large"))
+
+
+def test_a_link_to_the_store_itself(store: ResultStore) -> None:
+    """Where stores can: whole or a range, under the headers given, for its time, and for this file alone."""
+    name = "0/output/ä b.html"
+    store.put_bytes(JOB, name, b"0123456789")
+    store.put_bytes(JOB, "0/output/other", b"other")
+    headers = {"disposition": "attachment; filename=b.html", "media_type": "text/html; charset=utf-8"}
+    link = store.link(JOB, name, 60, **headers)
+    if not store.url.startswith("s3://"):
+        assert link is None
+        return
+    assert link is not None
+    whole = httpx.get(link)
+    assert (200, b"0123456789") == (whole.status_code, whole.content)
+    assert [*headers.values()] == [whole.headers["content-disposition"], whole.headers["content-type"]]
+    part = httpx.get(link, headers={"Range": "bytes=2-4"})
+    assert b"234" == part.content  # rclone answers 200
+    assert 403 == httpx.get(link.replace("b.html?", "other?")).status_code
+    assert 403 == httpx.get(link.replace("X-Amz-Expires=60", "X-Amz-Expires=600000")).status_code
+    assert 403 == httpx.put(link, content=b"mine").status_code
+    assert "X-Amz-Expires=60&" in link
 
 
 def test_results_of_single_stages_can_be_taken_back(store: ResultStore) -> None:
