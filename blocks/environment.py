@@ -227,6 +227,10 @@ class ComputeEnvironment(Block):
         """Where sealed documents too large for a run's parameters go, beside the results."""
         return self._store("documents")
 
+    def handover(self) -> ResultStore:
+        """Where stages put what a stage in another flow run reads, beside the results. No consumer gets at it."""
+        return self._store("handover")
+
     def _store(self, part: str) -> ResultStore:
         root = self.results.rstrip("/") or (state_folder() / "store").as_uri()
         return ResultStore(url=f"{root}/{part}", storage_options=self.results_options.get_secret_value())

@@ -281,6 +281,16 @@ class ResultStore:
         if not keep:
             self.delete_job(job_id)
             return
+        self._delete_stages(job_id, lambda stage: stage not in keep)
+
+    def withdraw(self, job_id: str, stages: Collection[int]) -> None:
+        """
+        Delete what these stages of a job have published, and touch nothing of the others, which may be publishing at
+        this moment. Their manifests go first.
+        """
+        self._delete_stages(job_id, lambda stage: stage in stages)
+
+    def _delete_stages(self, job_id: str, unwanted: Callable[[int], bool]) -> None:
         job = self._job(job_id)
 
         def retract(fs: Any, root: str) -> None:
@@ -289,7 +299,7 @@ class ResultStore:
                     for path in fs.ls(f"{root}/{job}/{folder}", detail=False):
                         name = path.rstrip("/").rpartition("/")[2].removesuffix(".json")
                         # Files whose names had to be hashed stay: no name tells their stage, and no manifest them.
-                        if name.isdecimal() and int(name) not in keep:
+                        if name.isdecimal() and unwanted(int(name)):
                             fs.rm(path, recursive=True)
 
         self._do("results of an earlier try could not be deleted", retract)
@@ -315,6 +325,11 @@ class ResultStore:
 
     def manifest(self, job_id: str) -> Manifest | None:
         """What the stages of a job have published so far; None if none has."""
+        parts = self.parts(job_id)
+        return Manifest.merged(parts) if parts else None
+
+    def parts(self, job_id: str) -> dict[int, Manifest]:
+        """What each stage of a job has published so far, of those that have."""
         folder = f"{self._job(job_id)}/manifest"
 
         def read(fs: Any, root: str) -> dict[int, bytes]:
@@ -327,14 +342,13 @@ class ResultStore:
         try:
             texts = self._do("a manifest could not be read", read)
         except NotStored:
-            return None
-        try:
-            parts = {stage: Manifest.model_validate_json(text) for stage, text in texts.items()}
-        except ValidationError:
-            parts = None
-        if parts is None:
-            raise StoreUnavailable("a manifest could not be read: it is damaged")
-        return Manifest.merged(parts) if parts else None
+            return {}
+        return {stage: _parsed(text) for stage, text in texts.items()}
+
+    def part(self, job_id: str, stage: int) -> Manifest:
+        """What one stage of a job has published. Raises: NotStored."""
+        place = f"{self._job(job_id)}/manifest/{int(stage)}.json"
+        return _parsed(self._do("a manifest could not be read", lambda fs, root: fs.cat_file(f"{root}/{place}")))
 
     def jobs(self) -> Iterator[str]:
         """Every job with anything in the store, published or not, in no order."""
@@ -417,6 +431,14 @@ class _Window(io.RawIOBase):
         buffer[: len(got)] = got
         self._at += len(got)
         return len(got)
+
+
+def _parsed(text: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError:
+        damaged = StoreUnavailable("a manifest could not be read: it is damaged")
+    raise damaged
 
 
 def _stage_of(path: str) -> int | None:

@@ -28,7 +28,6 @@ from blocks.store import (
     StoreUnavailable,
     _stored_name,
 )
-from tests.runner_bench import eventually
 from tests.s3_server import s3_server
 
 JOB = "0123456789abcdef" * 2
@@ -145,6 +144,30 @@ def test_results_of_single_stages_can_be_taken_back(store: ResultStore) -> None:
     assert [False, False, True] == [store.exists(JOB, f"{stage}/output/a") for stage in (0, 1, 10)]
     store.retract(JOB, [])
     assert store.manifest(JOB) is None and not store.exists(JOB, "10/output/a")
+
+
+def test_a_stage_is_taken_back_beside_one_that_publishes(store: ResultStore) -> None:
+    """Of one that has not published yet nothing is touched."""
+    store.withdraw(JOB, [0])
+    for stage in (0, 1, 10):
+        store.put_bytes(JOB, f"{stage}/output/a", b"a")
+    for stage in (0, 10):
+        store.publish_manifest(JOB, stage, manifest(file("a", stage=stage)))
+    store.withdraw(JOB, [0])
+    assert {10} == store.stages(JOB)
+    assert [False, True, True] == [store.exists(JOB, f"{stage}/output/a") for stage in (0, 1, 10)]
+
+
+def test_what_a_single_stage_has_published(store: ResultStore) -> None:
+    """Under its own paths, however many others have."""
+    with pytest.raises(NotStored):
+        store.part(JOB, 0)
+    for stage in (0, 1):
+        store.publish_manifest(JOB, stage, manifest(file("a", stage=stage)))
+    assert ["a"] == [each.path for each in store.part(JOB, 1).files]
+    assert {0, 1} == store.parts(JOB).keys()
+    with pytest.raises(NotStored):
+        store.part(JOB, 2)
 
 
 def test_a_repeat_replaces(store: ResultStore) -> None:
