@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from threading import Event
 from typing import Any, Final, ParamSpec, cast
 from uuid import UUID
@@ -44,12 +45,12 @@ from blocks.assets import folder_name
 from blocks.environment import ComputeEnvironment
 from blocks.limits import MIB
 from blocks.runner import Ending, ExitReport, Image, ImageUnavailable, Progress, Waiting
-from blocks.store import Kind
+from blocks.store import Kind, ResultStore
 from flows.plan import Plan, PlannedStage, Step
 from flows.states import SKIPPED
 from flows.status import Phase, Status
-from flows.steps import step_keys
 from tasks.execute import execute_algorithm
+from tasks.handover import hand_over, receive
 from tasks.provision import (
     AlgorithmUnreachable,
     FetchedFile,
@@ -83,9 +84,15 @@ class Site:
     """Where a stage is run: its environment and its folder."""
 
     job_id: str
+    """Under which it publishes."""
+    run_id: str
+    """Whose folder and processes these are: the job's, or of the run that does this stage of it alone."""
     stage: PlannedStage = field(repr=False)
     environment: ComputeEnvironment = field(repr=False)
     upstream: Mapping[int, Workspace] = field(default_factory=dict, repr=False)
+    """The other stages of this run."""
+    handovers: Mapping[int, ResultStore] = field(default_factory=dict, repr=False)
+    """Where stages of other runs of the job have put what they hand over."""
     secret: str = field(default="", repr=False)
     """The algorithm's variable ``secret``: its own, the same at every try, a secret of the service."""
     still_ours: Callable[[], bool] = field(default=lambda: True, repr=False)
@@ -95,7 +102,7 @@ class Site:
 
     @property
     def workspace(self) -> Workspace:
-        return stage_workspace(self.environment.workspace_root(), self.job_id, self.stage.index)
+        return stage_workspace(self.environment.workspace_root(), self.run_id, self.stage.index)
 
 
 @dataclass(frozen=True)
@@ -164,17 +171,22 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
                 on_found=ddos.__setitem__,
                 stop=site.stop,
             )
+        for planned in stage.inputs:
+            if planned.stage is not None:
+                fetched += _outputs_of(planned.stage, site, workspace.inputs / folder_name(planned.id))
     except InputUnreachable as problem:
         if site.stop.is_set():
             return _stopped()
         return Failed(name="Input unreachable", message=str(problem))
-    for planned in stage.inputs:
-        if planned.stage is not None:
-            into = workspace.inputs / folder_name(planned.id)
-            fetched += link_stage_outputs(site.upstream[planned.stage].outputs, into, stop=site.stop)
     write_parameters(stage.custom_data, ddos, workspace)
     _inputs_table(stage.index, fetched)
     return Completed(message=f"{len(fetched)} files, {sum(file.size for file in fetched)} bytes", data=fetched)
+
+
+def _outputs_of(stage: int, site: Site, into: Path) -> tuple[FetchedFile, ...]:
+    if stage in site.handovers:
+        return receive(site.handovers[stage], site.job_id, stage, into, stop=site.stop)
+    return link_stage_outputs(site.upstream[stage].outputs, into, stop=site.stop)
 
 
 @_step
@@ -222,8 +234,8 @@ def run_algorithm(site: Site, inputs: tuple[FetchedFile, ...], algorithm: Provis
         report = execute_algorithm(
             environment.make_runner(),
             site.workspace,
-            job=site.job_id,
-            name=f"{site.job_id}-{stage.index}",
+            job=site.run_id,
+            name=f"{site.run_id}-{stage.index}",
             entrypoint=stage.container.entrypoint,
             image=algorithm.image,
             dids=stage.dids,
@@ -270,6 +282,16 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
     stage, workspace = site.stage, site.workspace
     result = _judge(report, verdict)
     try:
+        if stage.handed_over and result.ok:
+            # Before anything shows: a stage that has published is not run again, and the next one needs this.
+            hand_over(
+                site.environment.handover(),
+                site.job_id,
+                stage.index,
+                workspace.outputs,
+                stop=site.stop,
+                before_it_shows=lambda: _check_still_ours(site),
+            )
         part = publish_outputs(
             site.environment.store(),
             site.job_id,
@@ -410,12 +432,17 @@ def run_plan(
     environments: Mapping[str, ComputeEnvironment],
     secret_of: Callable[[bytes], str],
     still_ours: Callable[[], bool] = lambda: True,
+    *,
+    keys: Mapping[str, str],
+    run_id: str,
+    handovers: Mapping[int, ResultStore],
 ) -> StageResult:
     """
     Run every step of *plan* as a task of the current flow run, each as soon as what it waits for is done.
 
-    A step whose result is in the job's folder is not run; ``flows.steps.settle`` leaves only those that hold.
+    A step whose result is in the run's folder is not run; ``flows.steps.settle`` leaves only those that hold.
     *secret_of* makes a text from a name that nobody else can make. *still_ours* is asked before anything is published.
+    *keys* are those of the steps, *run_id* and *handovers* as in ``Site``.
 
     Returns:
         COMPLETED, or the failure of the first stage (in the plan's order) that failed.
@@ -424,20 +451,21 @@ def run_plan(
         Exception: A bug in a task, as it was raised there.
     """
     futures: dict[str, PrefectFuture[Any]] = {}
-    keys = step_keys(plan, environments, secret_of)
     stop = Event()
     try:
         for step in plan.steps:
             stage = plan.stage(step.stage)
             site = Site(
                 job_id=job_id,
+                run_id=run_id,
+                handovers=handovers,
                 stop=stop,
                 still_ours=still_ours,
                 secret=secret_of(f"{job_id}/{step.stage}".encode()),
                 stage=stage,
                 environment=environments[stage.environment],
                 upstream={
-                    other.index: stage_workspace(environments[other.environment].workspace_root(), job_id, other.index)
+                    other.index: stage_workspace(environments[other.environment].workspace_root(), run_id, other.index)
                     for other in plan.stages
                 },
             )
@@ -449,7 +477,7 @@ def run_plan(
                     persist_result=True,
                     cache_policy=CacheKeyFnPolicy(cache_key_fn=_constantly(keys[step.name])),
                     # A path, not a block: it goes with the job, and holds only on the machine where the files are.
-                    result_storage=steps_folder(site.environment.workspace_root(), job_id),
+                    result_storage=steps_folder(site.environment.workspace_root(), run_id),
                     result_serializer="pickle",
                 )
                 .submit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from prefect import get_client
@@ -16,6 +16,18 @@ from prefect.utilities.templating import apply_values
 from prefect.workers.base import BaseWorker
 
 from blocks.environment import ComputeEnvironment
+
+COORDINATORS: Final = "_stages"
+"""
+Queue of each pool for the runs of jobs that are in several environments; see ``flows.stages``. No id of an environment
+begins so.
+"""
+
+MOST_COORDINATORS: Final = 20
+"""
+Slots of that queue when it is made: so many processes do nothing but wait for others. No run that one of them waits for
+waits for such a slot, so any number will do but none.
+"""
 
 
 def read_definitions(path: Path) -> list[ComputeEnvironment]:
@@ -46,6 +58,8 @@ def register_from(path: Path) -> list[str]:
     with get_client(sync_client=True) as client:
         for name, kind in pools.items():
             _ensure_pool(client, name, kind)
+        for name in pools:
+            _ensure_queue(client, name, COORDINATORS, MOST_COORDINATORS, keep=True)
         for environment in environments:
             _ensure_queue(client, environment.work_pool, environment.offer.id, environment.offer.max_jobs)
     for environment in environments:
@@ -61,9 +75,10 @@ def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
         client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=_template(kind)))
 
 
-def _ensure_queue(client: SyncPrefectClient, pool: str, name: str, slots: int) -> None:
+def _ensure_queue(client: SyncPrefectClient, pool: str, name: str, slots: int, *, keep: bool = False) -> None:
     """
-    Make the queue of an environment in its pool, or bring the limit of the one there is up to date.
+    Make the queue of an environment in its pool, or bring the limit of the one there is up to date unless it is to
+    *keep* the one it has.
 
     ``max_jobs`` is the queue's concurrency limit: Prefect's own, so that a waiting job costs nothing. A queue and not
     the pool, so that an environment whose slots are taken does not hold up another one: Prefect looks at the limit of
@@ -74,7 +89,8 @@ def _ensure_queue(client: SyncPrefectClient, pool: str, name: str, slots: int) -
     except ObjectNotFound:
         client.create_work_queue(name, work_pool_name=pool, concurrency_limit=slots)
     else:
-        client.update_work_queue(queue.id, concurrency_limit=slots)
+        if not keep or queue.concurrency_limit is None:
+            client.update_work_queue(queue.id, concurrency_limit=slots)
 
 
 def _template(kind: str) -> dict[str, Any]:

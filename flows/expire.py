@@ -96,6 +96,11 @@ async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
                 logger.warning("%s: %d jobs that are being deleted could not be removed", name, len(begun.failed))
                 failed.append(name)
             await asyncio.to_thread(_sweep, block)
+            try:
+                await jobs.sweep_handovers(name)
+            except NotReady as fault:
+                logger.warning("%s: what was handed over between stages was not looked at: %s", name, fault)
+                failed.append(name)
         if orphans := await jobs.unattended():
             logger.warning("%d jobs of environments that are not registered keep what they left", orphans)
     if removed:
@@ -105,7 +110,9 @@ async def expire(grace: float = GRACE, most: int = MOST) -> State[Any]:
             description=f"Results that expired and were removed; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         )
     told = f"results of {len(removed)} jobs removed, {waiting} jobs expired in the queue, {deleted} deletions finished"
-    return Failed(message=f"{told}; not all of {', '.join(failed)}") if failed else Completed(message=told)
+    return (
+        Failed(message=f"{told}; not all of {', '.join(dict.fromkeys(failed))}") if failed else Completed(message=told)
+    )
 
 
 async def _drop_missed(client: PrefectClient, this: FlowRun) -> None:

@@ -70,6 +70,7 @@ class Job:
     owner: str
     agreement_id: str
     environment: str
+    """That of the first stage."""
     status: Status
     created: datetime
     finished: datetime | None = None
@@ -97,8 +98,15 @@ class Job:
     """The main data set: the id of the first input of the first stage; empty if there is none."""
     whitelist: tuple[str, ...] = ()
     """Addresses, in lower case, that may have the results beside the owner."""
-    gpus: int = 0
-    """That its algorithm has at this moment."""
+    gpus: Mapping[str, int] = field(default_factory=dict)
+    """That its algorithms have at this moment, by environment."""
+    places: Mapping[int, str] = field(default_factory=dict)
+    """The environment of each stage, by its index; empty where all are in ``environment``."""
+
+    @property
+    def environments(self) -> tuple[str, ...]:
+        """Each environment that a stage is in, once; that of the first stage first."""
+        return tuple(dict.fromkeys((self.environment, *self.places.values())))
 
     @property
     def text(self) -> str:
@@ -238,7 +246,7 @@ class Jobs(ABC):
             JobNotFound
             NotRestartable: It is still going, or completed; or its document has expired and there is no *workflow*.
             InvalidWorkflow: Every problem of *workflow*.
-            InvalidParameter: *workflow* has another agreement or owner than the job, or another environment.
+            InvalidParameter: *workflow* has another agreement or owner than the job, or other environments.
         """
 
     @abstractmethod
@@ -307,9 +315,15 @@ async def only_job(jobs: Jobs, job_id: str) -> Job:
     return found[0]
 
 
-def expiry_of(job: Job, offer: Offer | None) -> datetime | None:
-    """When the results of *job* expire by what its environment offers now; ``Job.expires``."""
-    return job.finished + timedelta(seconds=offer.storage_expiry) if job.finished and offer else None
+def expiry_of(job: Job, offers: Mapping[str, Offer]) -> datetime | None:
+    """
+    When the results of *job* expire by what its environments offer now; ``Job.expires``.
+
+    All of them at once, when the first of its environments lets go of them; None if that cannot be known.
+    """
+    if job.finished is None or not all(name in offers for name in job.environments):
+        return None
+    return job.finished + timedelta(seconds=min(offers[name].storage_expiry for name in job.environments))
 
 
 def overdue(since: datetime, offer: Offer | None, now: datetime) -> bool:
@@ -367,11 +381,22 @@ def check_takes_over(job: Job, plan: Plan) -> None:
         raise InvalidParameter("agreementId: a job is restarted under its own agreement; the workflow names another")
     if plan.owner.lower() != job.owner.lower():
         raise InvalidParameter("owner: a job is restarted for its own owner; the workflow names another")
-    if plan.stages[0].environment != job.environment:
+    if job.places and job.places != places_of(plan):
+        raise InvalidParameter(
+            "workflow: a job in several environments is restarted where it was; the workflow has other stages, or has "
+            "them in other environments"
+        )
+    if not job.places and plan.environments != (job.environment,):
         raise InvalidParameter(
             f"workflow: a job is restarted where it was; its environment is `{job.environment}`, the workflow names "
             "another"
         )
+
+
+def places_of(plan: Plan) -> dict[int, str]:
+    """``Job.places``."""
+    several = len(plan.environments) > 1
+    return {stage.index: stage.environment for stage in plan.stages} if several else {}
 
 
 def summary_of(plan: Plan) -> Mapping[str, Any]:
@@ -380,7 +405,8 @@ def summary_of(plan: Plan) -> Mapping[str, Any]:
     return {
         "agreement": plan.agreement_id,
         "owner": plan.owner,
-        "environments": sorted({stage.environment for stage in stages}),
+        "environments": list(plan.environments),
+        "places": {str(index): environment for index, environment in places_of(plan).items()},
         "stages": [stage.index for stage in stages],
         "seconds": {str(stage.index): stage.limits.seconds for stage in stages},
         "gpus": {str(stage.index): stage.limits.gpus for stage in stages if stage.limits.gpus},
@@ -402,6 +428,7 @@ def _told_by(plan: Plan) -> dict[str, Any]:
         "input_dids": tuple(summary["inputs"]),
         "document_id": summary["document"],
         "whitelist": tuple(summary["whitelist"]),
+        "places": places_of(plan),
     }
 
 
@@ -466,7 +493,7 @@ class MemoryJobs(Jobs):
             history=(*job.history, Transition(status, at)),
             stop_request=StopRequest.STOP if status is Status.STOPPED else job.stop_request,
         )
-        self._jobs[job_id] = moved = replace(moved, expires=expiry_of(moved, self.offers.get(job.environment)))
+        self._jobs[job_id] = moved = replace(moved, expires=expiry_of(moved, self.offers))
         return as_of(moved, at)
 
     def publish(self, job_id: str, results: Iterable[tuple[Result, bytes]]) -> None:
@@ -544,7 +571,7 @@ class MemoryJobs(Jobs):
         return [self._remove(job) for job in list(self._deleting.values()) if query.matches(job)]
 
     async def finish_deletions(self, *environments: str, most: int = 100) -> Expiry:
-        begun = [job for job in self._deleting.values() if not environments or job.environment in environments]
+        begun = [job for job in self._deleting.values() if not environments or {*job.environments} & {*environments}]
         return Expiry(tuple(self._remove(job) for job in begun[:most]))
 
     def _remove(self, job: Job) -> Job:
@@ -562,7 +589,7 @@ class MemoryJobs(Jobs):
 
     async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
         before = self.now() - timedelta(seconds=grace)
-        found = [as_of(job, before) for job in self._jobs.values() if job.environment == environment]
+        found = [as_of(job, before) for job in self._jobs.values() if environment in job.environments]
         expired = [job for job in found if job.expired and job.id in self._kept][:most]
         gone = {job.id for job in expired}
         self._kept -= gone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Final
 
@@ -83,6 +83,8 @@ class PlannedStage:
     """In lower case; anything else than this is not run."""
     network: bool = True
     """Whether the algorithm may have a network, if its environment has one to give."""
+    handed_over: bool = False
+    """Whether a stage that runs elsewhere reads what it puts out; also where nothing of that is published."""
 
     @property
     def dids(self) -> tuple[str, ...]:
@@ -102,6 +104,24 @@ class Plan:
 
     def stage(self, index: int) -> PlannedStage:
         return next(stage for stage in self.stages if stage.index == index)
+
+    @property
+    def environments(self) -> tuple[str, ...]:
+        """Each once, that of the first stage first."""
+        return tuple(dict.fromkeys(stage.environment for stage in self.stages))
+
+    def part(self, index: int) -> Plan:
+        """What a run that does nothing but stage *index* has to do: its steps wait for none of another stage."""
+        own = {step.name for step in self.steps if step.stage == index}
+        return replace(
+            self,
+            stages=(self.stage(index),),
+            steps=tuple(
+                replace(step, after=tuple(name for name in step.after if name in own))
+                for step in self.steps
+                if step.name in own
+            ),
+        )
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -132,6 +152,8 @@ class Plan:
                 if wanted
             ]
             yield f"  publishes  {' and '.join(publishes) or 'nothing'}"
+            if stage.handed_over:
+                yield "  hands over its outputs"
         yield ""
         width = max(len(step.name) for step in self.steps)
         for step in self.steps:
@@ -172,15 +194,14 @@ def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
     problems = [*_missing_problems(workflow), *_name_problems(workflow), *_index_problems(indexes)]
     dependencies = dict(zip(indexes, _dependencies(workflow.stages, indexes), strict=True))
     problems.extend(_dependency_problems(workflow.stages, indexes, dependencies))
-    if len({stage.compute.namespace for stage in workflow.stages} - {""}) > 1:
-        problems.append(Problem("stages", "stages in different compute environments are not offered yet"))
     for position, stage in enumerate(workflow.stages):
         problems.extend(_stage_problems(f"stages.{position}", stage, offers))
     if problems:
         raise InvalidWorkflow(problems)
     by_index = dict(zip(indexes, workflow.stages, strict=True))
     order = _ordered(dependencies)
-    stages = tuple(_planned(index, by_index[index], dependencies[index], offers) for index in order)
+    read = _read_elsewhere(workflow.stages)
+    stages = tuple(_planned(index, by_index[index], dependencies[index], offers, index in read) for index in order)
     return Plan(
         agreement_id=workflow.agreement_id,
         owner=workflow.owner,
@@ -188,6 +209,13 @@ def compile_plan(workflow: Workflow, offers: Mapping[str, Offer]) -> Plan:
         steps=tuple(step for stage in stages for step in _steps(stage)),
         whitelist=tuple(address.lower() for address in by_index[order[-1]].output.whitelist),
     )
+
+
+def _read_elsewhere(stages: tuple[Stage, ...]) -> set[int]:
+    """The stages whose outputs another flow run reads: with several environments each stage is one of its own."""
+    if len({stage.compute.namespace for stage in stages}) == 1:
+        return set()
+    return {part.stage for stage in stages for part in stage.input if part.stage is not None}
 
 
 def _ordered(dependencies: Mapping[int, tuple[int, ...]]) -> list[int]:
@@ -217,7 +245,9 @@ def _steps(stage: PlannedStage) -> Iterator[Step]:
     yield Step(name(Phase.PUBLISH), stage.index, Phase.PUBLISH, (name(Phase.FILTER),))
 
 
-def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapping[str, Offer]) -> PlannedStage:
+def _planned(
+    index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapping[str, Offer], handed_over: bool
+) -> PlannedStage:
     offer = offers[stage.compute.namespace]
     asked = stage.compute.resources
     algorithm = stage.algorithm
@@ -253,6 +283,7 @@ def _planned(index: int, stage: Stage, depends_on: tuple[int, ...], offers: Mapp
         algorithm_remote=_algorithm_remote(stage),
         algorithm_sha256=algorithm.sha256,
         network=stage.compute.network is not False,
+        handed_over=handed_over,
     )
 
 

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -33,6 +33,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+    WorkQueueFilter,
+    WorkQueueFilterId,
+    WorkQueueFilterName,
 )
 from prefect.client.schemas.objects import Artifact, FlowRun, State, StateType, TaskRun
 from prefect.client.schemas.responses import SetStateStatus
@@ -45,7 +50,8 @@ from blocks.limits import FetchLimits, Offer
 from blocks.remote import Access
 from blocks.store import Manifest, NotStored, StoreUnavailable
 from flows.build import fetch_key, waiting_key
-from flows.compute import DOCUMENT, FLOW_NAME
+from flows.compute import DOCUMENT
+from flows.environments import COORDINATORS
 from flows.errors import AgreementInUse, JobNotFound, NoSuchResult, NotReady, NotRestartable
 from flows.jobs import (
     EnvironmentState,
@@ -67,8 +73,19 @@ from flows.jobs import (
     waited_too_long,
 )
 from flows.plan import Plan, compile_plan
-from flows.reasons import RESUMING, STOPPING, silent, why_ended, why_live, why_waiting
+from flows.reasons import (
+    RESUMING,
+    STAGE_BEGINS,
+    STAGE_INTERRUPTED,
+    STOPPING,
+    silent,
+    why_ended,
+    why_live,
+    why_stages_wait,
+    why_waiting,
+)
 from flows.sealing import Seal
+from flows.stages import FLOW_NAME, counts, is_spread, runs_of_jobs, stage_of
 from flows.states import (
     STOPPED_IN_QUEUE,
     Steps,
@@ -78,14 +95,17 @@ from flows.states import (
     is_taken_out,
     live_status,
     of_tries,
+    outcomes,
     queued_at,
+    restarted_at,
     run_status,
+    stage_finished,
     steps_of,
     stop_request,
     taken_out_of_the_queue,
     transitions,
 )
-from flows.status import BY_TEXT, Phase, Status
+from flows.status import BY_TEXT, Phase, Status, status_of
 from flows.workflow import Workflow
 from tasks.workspace import remove_job
 
@@ -100,6 +120,9 @@ STOP_DEADLINE: Final = 15
 
 BEGINNING: Final = 2.0
 """Seconds that a stop leaves to a job which a worker has taken and not begun, for its process to hear of it."""
+
+HEADSTART: Final = 0.3
+"""Seconds that a stop of a job in several environments waits for the job's own run before it ends its stages."""
 
 LOOK_AGAIN: Final = 0.25
 """Seconds between two looks at a job that is being stopped."""
@@ -182,7 +205,7 @@ def _tags(plan: Plan) -> list[str]:
     return [
         _owner_tag(plan.owner),
         _agreement_tag(plan.agreement_id),
-        _environment_tag(plan.stages[0].environment),
+        *map(_environment_tag, plan.environments),
         _document_tag(summary_of(plan)["document"]),
         KEPT,
     ]
@@ -205,6 +228,21 @@ def _in_states(kinds: Sequence[StateType], *tags: str) -> FlowRunFilter:
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(kinds))),
         tags=FlowRunFilterTags(all_=list(tags)) if tags else None,
     )
+
+
+def _by_ids(run_ids: Iterable[UUID]) -> FlowRunFilter:
+    return FlowRunFilter(id=FlowRunFilterId(any_=list(run_ids)))
+
+
+def _environments(run: FlowRun) -> list[str]:
+    """Those of a run of a job, or of a stage; that of the first stage first."""
+    names: list[str] = run.parameters["summary"]["environments"]
+    return names
+
+
+def is_job(run: FlowRun) -> bool:
+    """Whether it was submitted as a job. Stages, flows of the upkeep and what an operator starts by hand are none."""
+    return "fingerprint" in (run.parameters.get("summary") or {})
 
 
 LIVE: Final = _in_states(LIVE_STATES)
@@ -256,15 +294,17 @@ class PrefectJobs(Jobs):
             # Off the event loop: the largest documents take seconds.
             plan = await asyncio.to_thread(compile_plan, workflow, offers)
             environment = blocks[plan.stages[0].environment]
-            await self._check_shuts_in(environment)
+            for name in plan.environments:
+                await self._check_shuts_in(blocks[name])
+                await self._deployment(name)
             parameters = await self._parameters(workflow, plan, environment)
             try:
                 run = await self._create(plan, environment.offer.id, parameters)
             except BaseException:
-                await _remove_document(environment, parameters)
+                await _remove_document(blocks, parameters)
                 raise
             if run.parameters["sealed"] != parameters["sealed"]:
-                await _remove_document(environment, parameters)
+                await _remove_document(blocks, parameters)
         if DELETING in run.tags:
             raise NotReady("The job that had this agreement is still being deleted; try again in a moment.")
         if run.parameters["summary"]["fingerprint"] != parameters["summary"]["fingerprint"]:
@@ -284,16 +324,16 @@ class PrefectJobs(Jobs):
     async def stop(self, query: JobQuery) -> list[Job]:
         live = [job for job in await self.find(query) if not job.ended]
         async with _reaching_out():
-            await asyncio.gather(*(self._cancel(UUID(job.id)) for job in live))
+            await asyncio.gather(*(self._cancel_job(UUID(job.id), spread=bool(job.places)) for job in live))
         return await self.find(query)
 
     async def restart(self, job_id: str, workflow: Workflow | None = None) -> Job:
         async with _reaching_out():
             run, job = await self._restartable(job_id)
             blocks = await self._blocks()
-            environment = blocks.get(job.environment)
-            if environment is None:
+            if any(name not in blocks for name in job.environments):
                 raise NotReady("The environment of this job is not registered any more.")
+            environment = blocks[job.environment]
             parameters = tags = None
             if workflow is not None:
                 offers = {name: block.offer for name, block in blocks.items()}
@@ -301,15 +341,16 @@ class PrefectJobs(Jobs):
                 check_takes_over(job, plan)
                 parameters, tags = await self._parameters(workflow, plan, environment), _tags(plan)
             try:
-                await self._check_shuts_in(environment)
+                for name in job.environments:
+                    await self._check_shuts_in(blocks[name])
                 before = await self._requeue(run, environment, parameters, tags)
             except BaseException:
                 if parameters is not None:
-                    await _remove_document(environment, parameters)
+                    await _remove_document(blocks, parameters)
                 raise
             if parameters is not None:
                 # Not before: what waits must find its document, whatever becomes of us.
-                await _remove_document(environment, before)
+                await _remove_document(blocks, before)
         return await only_job(self, job_id)
 
     async def delete(self, query: JobQuery) -> list[Job]:
@@ -320,7 +361,7 @@ class PrefectJobs(Jobs):
             # is gone, while it may still lie in a store that was away.
             runs = await self._runs(_wanted(query), deleting=True)
             blocks = await self._blocks() if runs else {}
-            if any(run.parameters["summary"]["environments"][0] not in blocks for run in runs):
+            if any(name not in blocks for run in runs for name in _environments(run)):
                 # Their records are the only thing that knows of their files, so they must not go before them. Not
                 # begun, so that they can still be seen.
                 raise NotReady(_NOWHERE)
@@ -366,14 +407,18 @@ class PrefectJobs(Jobs):
             tag = _environment_tag(environment)
             # Those whose end was cut off are not scheduled any more. Also where nobody waits for too long: they may
             # have been taken out to be stopped.
-            found = [run for run in await self._runs(_in_states([StateType.PENDING], tag)) if is_taken_out(run.state)]
+            pending = await self._runs(_in_states([StateType.PENDING], tag), stages=True)
+            found = [run for run in pending if is_taken_out(run.state)]
             if block.offer.max_wait:
                 wanted = _in_states(_WAITING, tag)
                 wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
                     before_=datetime.now(UTC) - timedelta(seconds=block.offer.max_wait)
                 )
-                found.extend(await self._runs(wanted, most=most))
-            jobs = await self._jobs_of(found[:most])
+                found.extend(await self._runs(wanted, most=most, stages=True))
+            found = found[:most]
+            # Of stages that have waited for too long the job's own run tells, a moment later.
+            await self._end_overdue([run for run in found if stage_of(run) is not None])
+            jobs = await self._jobs_of([run for run in found if stage_of(run) is None])
         return [job for job in jobs if job.status is Status.EXPIRED_IN_QUEUE]
 
     async def expire(self, environment: str, *, grace: float = 0.0, most: int = 100) -> Expiry:
@@ -381,7 +426,8 @@ class PrefectJobs(Jobs):
         failed: list[Job] = []
         async with _reaching_out():
             # Not as the cache has it: what is removed is gone.
-            block = (await load_environments(self._client)).get(environment)
+            blocks = await load_environments(self._client)
+            block = blocks.get(environment)
             if block is None:
                 return Expiry()
             before = datetime.now(UTC) - timedelta(seconds=block.offer.storage_expiry + grace)
@@ -393,8 +439,8 @@ class PrefectJobs(Jobs):
                     continue
                 (job,) = await self._jobs_of([run])
                 try:
-                    await asyncio.to_thread(block.store().delete_job, job.id)
-                    await _remove_document(block, parameters)
+                    await _remove_results(blocks, run)
+                    await _remove_document(blocks, parameters)
                 except StoreUnavailable:
                     failed.append(job)
                     await self._end_removal(run.id, kept=True)
@@ -402,6 +448,27 @@ class PrefectJobs(Jobs):
                     removed.append(job)
                     await self._end_removal(run.id, kept=False)
         return Expiry(tuple(removed), tuple(failed))
+
+    async def sweep_handovers(self, environment: str) -> list[str]:
+        """
+        Remove what stages of jobs that are completed, or no more, have handed over in *environment*. Whoever was to do
+        that has died before. Answers those jobs. Raises NotReady.
+        """
+        async with _reaching_out():
+            block = (await load_environments(self._client)).get(environment)
+            if block is None:
+                return []
+            store = block.handover()
+            # First what is there, then the jobs: a job comes before what it leaves.
+            found = await asyncio.to_thread(lambda: list(store.jobs()))
+            wanted: set[str] = set()
+            for chunk in _chunks([UUID(job_id) for job_id in found], 50):
+                runs = await self._client.read_flow_runs(flow_run_filter=_by_ids(chunk))
+                wanted.update(run.id.hex for run in runs if not (run.state and run.state.is_completed()))
+            swept = [job_id for job_id in found if job_id not in wanted]
+            for job_id in swept:
+                await asyncio.to_thread(store.delete_job, job_id)
+        return swept
 
     async def unattended(self) -> int:
         """
@@ -458,11 +525,28 @@ class PrefectJobs(Jobs):
             raise results_expired(job)
         if not 0 <= index < len(job.results):
             raise NoSuchResult(f"No such index {index} in this compute job")
-        block = (await self._blocks())[job.environment]
-        manifest = await asyncio.to_thread(block.store().manifest, job_id)
-        if manifest is None:
+        blocks = await self._blocks()
+        files = Manifest.merged(parts).ordered() if (parts := await self._parts(job, blocks)) else ()
+        if not files:
             raise NoSuchResult(f"No results for job {job_id}")
-        return block, manifest.ordered()[index].name
+        if index >= len(files):
+            raise NoSuchResult(f"No such index {index} in this compute job")
+        file = files[index]
+        return blocks[job.places.get(file.stage, job.environment)], file.name
+
+    async def _parts(self, job: Job, blocks: Mapping[str, ComputeEnvironment]) -> dict[int, Manifest]:
+        """What each stage of a job has published. Raises StoreUnavailable if one store cannot tell; NotReady."""
+        if any(name not in blocks for name in job.environments):
+            raise NotReady("The environment of this job is not registered any more.")
+        stores = {name: blocks[name].store() for name in job.environments}
+        found = await asyncio.gather(*(asyncio.to_thread(store.parts, job.id) for store in stores.values()))
+        # Each stage's from the store of its own environment: two environments may share one.
+        return {
+            stage: part
+            for name, parts in zip(stores, found, strict=True)
+            for stage, part in parts.items()
+            if job.places.get(stage, job.environment) == name
+        }
 
     def _sealed(self, workflow: Workflow) -> tuple[str, str]:
         return self._seal.fingerprint(document_digest(workflow)), self._seal.close(workflow.model_dump(mode="json"))
@@ -476,8 +560,9 @@ class PrefectJobs(Jobs):
             # One agreement, one run, whatever arrives at the same time: Prefect's database holds the key unique.
             idempotency_key=f"agreement:{hashlib.sha256(plan.agreement_id.encode()).hexdigest()}",
             tags=_tags(plan),
-            # Its environment's own queue, whose limit is max_jobs: full, it is in nobody else's way.
-            work_queue_name=environment,
+            # Its environment's own queue, whose limit is max_jobs: full, it is in nobody else's way. A run that has its
+            # stages done by others takes no slot of an environment.
+            work_queue_name=environment if len(plan.environments) == 1 else COORDINATORS,
         )
 
     async def _parameters(self, workflow: Workflow, plan: Plan, environment: ComputeEnvironment) -> dict[str, Any]:
@@ -493,7 +578,7 @@ class PrefectJobs(Jobs):
 
     async def _restartable(self, job_id: str) -> tuple[FlowRun, Job]:
         """Raises JobNotFound, NotRestartable."""
-        runs = await self._runs(FlowRunFilter(id=FlowRunFilterId(any_=[UUID(job_id)])))
+        runs = await self._runs(_by_ids([UUID(job_id)]))
         if not runs:
             raise JobNotFound(f"No job {job_id}")
         (job,) = await self._jobs_of(runs)
@@ -563,6 +648,51 @@ class PrefectJobs(Jobs):
         with suppress(ObjectNotFound):
             tags = _unmarked(await self._client.read_flow_run(run_id))
             await self._client.update_flow_run(run_id, tags=[*tags, KEPT] if kept else tags)
+
+    async def _cancel_job(self, run_id: UUID, *, spread: bool) -> None:
+        """
+        End a job's run, and with it those of its stages.
+
+        The job's own first: once that is being stopped it begins no other, and a stage's run that comes later sees so
+        before it does anything.
+        """
+        if not spread:
+            await self._cancel(run_id)
+            return
+        going = asyncio.create_task(self._cancel(run_id))
+        try:
+            await asyncio.wait([going], timeout=HEADSTART)
+            await self._cancel_stages(run_id)
+        finally:
+            await going
+        # Begun by a request that was on its way when the stop came.
+        await self._cancel_stages(run_id)
+
+    async def _cancel_stages(self, run_id: UUID) -> None:
+        runs = (await self._stage_runs([run_id])).get(run_id, {})
+        await asyncio.gather(*(self._cancel(run.id) for run in runs.values() if not _has_ended(run)))
+
+    async def _stage_runs(self, run_ids: Sequence[UUID]) -> dict[UUID, dict[int, FlowRun]]:
+        """The runs that do stages of these jobs, by job and the stage's index."""
+        found: dict[UUID, dict[int, FlowRun]] = {}
+        for chunk in _chunks(run_ids, 50):
+            which, wanted = runs_of_jobs(run_id.hex for run_id in chunk)
+            offset = 0
+            while True:
+                page = await self._client.read_flow_runs(
+                    flow_filter=which,
+                    flow_run_filter=wanted,
+                    sort=FlowRunSort.ID_DESC,
+                    limit=PAGE,
+                    offset=offset,
+                )
+                for run in page:
+                    if (of := stage_of(run)) is not None:
+                        found.setdefault(UUID(of[0]), {})[of[1]] = run
+                offset += len(page)
+                if len(page) < PAGE:
+                    break
+        return found
 
     async def _cancel(self, run_id: UUID) -> None:
         # A job that is not gone at the end tells how far it is, with stopreq set; or it was deleted meanwhile.
@@ -640,7 +770,7 @@ class PrefectJobs(Jobs):
         """Empty if somebody else has deleted it before. Raises NotReady."""
         async with _reaching_out():
             jobs = await self._jobs_of([run])
-            await self._cancel(run.id)
+            await self._cancel_job(run.id, spread=is_spread(run))
             with suppress(ObjectNotFound):
                 run = await self._client.read_flow_run(run.id)
                 jobs = await self._jobs_of([run])
@@ -649,33 +779,51 @@ class PrefectJobs(Jobs):
         return jobs
 
     async def _remove(self, run: FlowRun, job: Job) -> None:
-        """Everything a job left: first what it could still be reading or writing for, its record last."""
-        block = (await self._blocks()).get(job.environment)
-        if not job.ended:
-            if block is not None and not silent(await self._last_seen(block.work_pool), datetime.now(UTC)):
-                # Its process may still be publishing; deleted now, it would leave results that nobody knows of.
-                raise NotReady("The job is still being stopped; delete it again in a moment.")
-            await self._client.set_flow_run_state(run.id, Cancelled(message="deleted on request"), force=True)
-        if block is None:
+        """
+        Everything a job left: first what it could still be reading or writing for, its record last. The runs of its
+        stages before its own: were this cut off in between, the next would find them by that.
+        """
+        blocks = await self._blocks()
+        stages = list((await self._stage_runs([run.id])).get(run.id, {}).values()) if job.places else []
+        for each in (run, *stages):
+            await self._end(each, blocks)
+        if any(name not in blocks for name in job.environments):
             raise NotReady(_NOWHERE)
-        await asyncio.to_thread(block.store().delete_job, job.id)
-        await _remove_document(block, run.parameters)
-        await self._remove_folder(block, job)
-        await self._remove_artifacts(run.id)
-        if job.finished is not None and (run.run_count or run.infrastructure_pid):
-            since = (datetime.now(UTC) - job.finished).total_seconds()
-            await asyncio.sleep(min(max(0.0, TOLD - since), TOLD))
-        with suppress(ObjectNotFound):
-            # Its states, task runs and log lines go with it.
-            await self._client.delete_flow_run(run.id)
+        await _remove_results(blocks, run)
+        await _remove_document(blocks, run.parameters)
+        for each in (run, *stages):
+            for name in _environments(each):
+                await self._remove_folder(blocks[name], each.id.hex)
+            await self._remove_artifacts(each.id)
+        # The run of a job whose stages others do has ended after all of those that it has waited for, but not if it
+        # was stopped.
+        ends = [each.state.timestamp for each in stages if each.state is not None and each.state.is_final()]
+        since = max([*ends, *([job.finished] if job.finished is not None else [])], default=None)
+        if since is not None and any(each.run_count or each.infrastructure_pid for each in (run, *stages)):
+            seconds = (datetime.now(UTC) - since).total_seconds()
+            await asyncio.sleep(min(max(0.0, TOLD - seconds), TOLD))
+        for each in (*stages, run):
+            with suppress(ObjectNotFound):
+                # Its states, task runs and log lines go with it.
+                await self._client.delete_flow_run(each.id)
 
-    async def _remove_folder(self, block: ComputeEnvironment, job: Job) -> None:
+    async def _end(self, run: FlowRun, blocks: Mapping[str, ComputeEnvironment]) -> None:
+        """Of a run that is to be removed. Raises NotReady if it goes on."""
+        if run.state is not None and run.state.is_final():
+            return
+        block = blocks.get(_environments(run)[0])
+        if block is not None and not silent(await self._last_seen(block.work_pool), datetime.now(UTC)):
+            # Its process may still be publishing; deleted now, it would leave results that nobody knows of.
+            raise NotReady("The job is still being stopped; delete it again in a moment.")
+        await self._client.set_flow_run_state(run.id, Cancelled(message="deleted on request"), force=True)
+
+    async def _remove_folder(self, block: ComputeEnvironment, run_id: str) -> None:
         """
         If it is on this machine, with what runs in it; elsewhere both are known by nobody any more, and removed for
         that.
         """
         try:
-            await asyncio.to_thread(_remove_what_is_here, block, job.id)
+            await asyncio.to_thread(_remove_what_is_here, block, run_id)
         except (subprocess.CalledProcessError, OSError):
             raise NotReady("Files of this job cannot be removed at this moment; delete it again later.") from None
 
@@ -691,10 +839,12 @@ class PrefectJobs(Jobs):
         with suppress(ObjectNotFound):
             await self._client.delete_artifact(artifact_id)
 
-    async def _runs(self, wanted: FlowRunFilter, *, most: int | None = None, deleting: bool = False) -> list[FlowRun]:
+    async def _runs(
+        self, wanted: FlowRunFilter, *, most: int | None = None, deleting: bool = False, stages: bool = False
+    ) -> list[FlowRun]:
         """
         Oldest first. With *most* no more pages are asked for than it takes to have so many. Those that are being
-        deleted are left out, unless they are wanted too.
+        deleted are left out, unless they are wanted too; so are runs of *stages*.
         """
         runs: list[FlowRun] = []
         read = 0
@@ -708,7 +858,7 @@ class PrefectJobs(Jobs):
             )
             read += len(page)
             # A run started by hand, from the UI say, is no job: nothing tells whose it would be.
-            jobs = [run for run in page if "fingerprint" in (run.parameters.get("summary") or {})]
+            jobs = [run for run in page if is_job(run) or (stages and stage_of(run) is not None)]
             runs.extend(run for run in jobs if deleting or DELETING not in run.tags)
             if len(page) < PAGE or (most is not None and len(runs) >= most):
                 return sorted(runs, key=_created)
@@ -721,7 +871,7 @@ class PrefectJobs(Jobs):
         ended: dict[UUID, FlowRun | None] = {}
         late: list[tuple[FlowRun, Offer]] = []
         for run in waiting:
-            block = blocks.get(run.parameters["summary"]["environments"][0])
+            block = blocks.get(_environments(run)[0])
             since = queued_at(run.state)
             if block is not None and (since is None or overdue(since, block.offer, now)):
                 late.append((run, block.offer))
@@ -754,46 +904,66 @@ class PrefectJobs(Jobs):
     async def _places(self, runs: Sequence[FlowRun], environments: Mapping[str, EnvironmentState]) -> dict[UUID, int]:
         """How many runs of its environment come before each of *runs* that waits for a slot of a worker there is."""
         now = datetime.now(UTC)
-        asked: list[tuple[UUID, FlowRunFilter]] = []
+        asked: list[tuple[UUID, FlowRunFilter, WorkQueueFilter]] = []
         for run in runs:
-            name = run.parameters["summary"]["environments"][0]
-            environment = environments.get(name)
+            environment = environments.get(_environments(run)[0])
             if queued_at(run.state) is None or environment is None or silent(environment.last_seen, now):
                 continue
-            wanted = _in_states(_WAITING, _environment_tag(name))
+            if run.work_queue_id is None:
+                continue
+            wanted = _in_states(_WAITING)
             # The order in which Prefect gives the runs of a queue to workers.
             wanted.next_scheduled_start_time = FlowRunFilterNextScheduledStartTime(
                 before_=run.next_scheduled_start_time
             )
-            asked.append((run.id, wanted))
+            queue = WorkQueueFilter(id=WorkQueueFilterId(any_=[run.work_queue_id]))
+            asked.append((run.id, wanted, queue))
         asked = asked[:PLACES]
-        counts = await asyncio.gather(
-            *(self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=wanted) for _, wanted in asked)
+        before = await asyncio.gather(
+            *(
+                self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=wanted, work_queue_filter=queue)
+                for _, wanted, queue in asked
+            )
         )
         # It is among those counted.
-        return {run_id: max(0, count - 1) for (run_id, _), count in zip(asked, counts, strict=True)}
+        return {run_id: max(0, count - 1) for (run_id, _, _), count in zip(asked, before, strict=True)}
 
     async def _jobs_of(self, runs: Sequence[FlowRun]) -> list[Job]:
         runs = await self._end_overdue(runs)
         open_runs = [run for run in runs if _key(run) not in self._ended]
-        steps = await self._steps([run.id for run in open_runs])
-        fetches = await self._fetches([run.id for run in open_runs if run.state and run.state.is_running()])
-        repeated = [run.id for run in open_runs if run.run_count > 1 or _tries(run) is not None]
-        states = await asyncio.gather(*(self._client.read_flow_run_states(run_id) for run_id in repeated))
+        of_stages = await self._live_stage_runs([run.id for run in open_runs if is_spread(run)])
+        with_stages = [*open_runs, *(each for stages in of_stages.values() for each in stages.values())]
+        steps = await self._steps([run.id for run in with_stages])
+        fetches = await self._fetches([run.id for run in with_stages if run.state and run.state.is_running()])
+        repeated = [run.id for run in open_runs if any(map(_is_repeated, (run, *of_stages.get(run.id, {}).values())))]
+        states = dict(
+            zip(repeated, await asyncio.gather(*map(self._client.read_flow_run_states, repeated)), strict=True)
+        )
         histories = {
-            run_id: history(seen, steps.get(run_id, ())) for run_id, seen in zip(repeated, states, strict=True)
+            run_id: history(
+                seen,
+                steps.get(run_id, ()),
+                [task_run for each in of_stages.get(run_id, {}).values() for task_run in steps.get(each.id, ())],
+            )
+            for run_id, seen in states.items()
         }
-        waiting = any(run.state is None or run.state.is_scheduled() for run in open_runs)
+        waiting = any(run.state is None or run.state.is_scheduled() for run in with_stages)
         environments = {state.offer.id: state for state in await self.environments()} if waiting else {}
-        places = await self._places(open_runs, environments)
+        places = await self._places(with_stages, environments)
         jobs: list[Job] = []
         for run in runs:
             job = self._ended.get(_key(run))
             if job is None:
-                current = steps_of(of_tries(steps.get(run.id, ()), 1 + (_tries(run) or 0)), of=run.state)
-                job = _job_of(
-                    run, current, fetches, environments, past=histories.get(run.id), before=places.get(run.id)
-                )
+                since = restarted_at(states.get(run.id, ()))
+                stages = {n: each for n, each in of_stages.get(run.id, {}).items() if counts(each, since)}
+                current = {
+                    index: stage
+                    for each in (run, *stages.values())
+                    for index, stage in steps_of(
+                        of_tries(steps.get(each.id, ()), 1 + (_tries(each) or 0)), of=each.state
+                    ).items()
+                }
+                job = _job_of(run, stages, current, fetches, environments, past=histories.get(run.id), places=places)
                 if job.ended:
                     # Not before: while stages are still publishing, indexes would shift under the consumer.
                     results = await self._results(job)
@@ -809,7 +979,18 @@ class PrefectJobs(Jobs):
         blocks = await self._blocks() if any(job.ended for job in jobs) else {}
         now = datetime.now(UTC)
         offers = {name: block.offer for name, block in blocks.items()}
-        return [as_of(replace(job, expires=expiry_of(job, offers.get(job.environment))), now) for job in jobs]
+        return [as_of(replace(job, expires=expiry_of(job, offers)), now) for job in jobs]
+
+    async def _live_stage_runs(self, job_ids: Sequence[UUID]) -> dict[UUID, dict[int, FlowRun]]:
+        """``_stage_runs`` as they are once those that have waited for too long are ended."""
+        if not job_ids:
+            return {}
+        found = await self._stage_runs(job_ids)
+        now = {run.id: run for run in await self._end_overdue([r for runs in found.values() for r in runs.values()])}
+        return {
+            job_id: {index: now[run.id] for index, run in runs.items() if run.id in now}
+            for job_id, runs in found.items()
+        }
 
     async def _steps(self, run_ids: Sequence[UUID]) -> dict[UUID, list[TaskRun]]:
         found: dict[UUID, list[TaskRun]] = {}
@@ -844,17 +1025,15 @@ class PrefectJobs(Jobs):
 
     async def _results(self, job: Job) -> tuple[Result, ...] | None:
         """None while nobody can tell: a status must not fail because the store is away, nor remember that it was."""
-        block = (await self._blocks()).get(job.environment)
-        if block is None:
-            return None
         try:
+            blocks = await self._blocks()
             async with asyncio.timeout(LOOK_UP):
-                manifest: Manifest | None = await asyncio.to_thread(block.store().manifest, job.id)
-        except (StoreUnavailable, TimeoutError):
+                parts = await self._parts(job, blocks)
+        except (StoreUnavailable, NotReady, TimeoutError):
             return None
         return tuple(
             Result(filename=file.path, filesize=file.size, media_type=file.type, kind=file.kind, sha256=file.sha256)
-            for file in (manifest.ordered() if manifest else ())
+            for file in (Manifest.merged(parts).ordered() if parts else ())
         )
 
     async def _blocks(self) -> dict[str, ComputeEnvironment]:
@@ -923,11 +1102,18 @@ class PrefectJobs(Jobs):
         return known
 
     async def _environment_state(self, block: ComputeEnvironment) -> EnvironmentState:
-        tag = _environment_tag(block.offer.id)
+        # What is in its queue, and so the stages of jobs in several environments, of which the jobs' own runs have the
+        # tag as well.
+        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[block.work_pool]))
+        queue = WorkQueueFilter(name=WorkQueueFilterName(any_=[block.offer.id]))
+
+        async def count(kinds: Sequence[StateType]) -> int:
+            return await self._client.count_flow_runs(
+                flow_filter=_JOBS, flow_run_filter=_in_states(kinds), work_pool_filter=pool, work_queue_filter=queue
+            )
+
         busy, waiting, workers = await asyncio.gather(
-            self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(IN_PROGRESS, tag)),
-            self._client.count_flow_runs(flow_filter=_JOBS, flow_run_filter=_in_states(_WAITING, tag)),
-            self._last_seen(block.work_pool),
+            count(IN_PROGRESS), count(_WAITING), self._last_seen(block.work_pool)
         )
         return EnvironmentState(
             offer=block.offer,
@@ -942,7 +1128,7 @@ class PrefectJobs(Jobs):
         if not offer.all_gpus:
             return 0
         jobs = await self._jobs_of(await self._runs(_in_states(IN_PROGRESS, _environment_tag(offer.id))))
-        return max(0, offer.all_gpus - sum(job.gpus for job in jobs))
+        return max(0, offer.all_gpus - sum(job.gpus.get(offer.id, 0) for job in jobs))
 
     async def _last_seen(self, work_pool: str) -> datetime | None:
         try:
@@ -960,10 +1146,31 @@ def _remove_what_is_here(block: ComputeEnvironment, job_id: str) -> None:
         remove_job(root, job_id)
 
 
-async def _remove_document(block: ComputeEnvironment, parameters: Mapping[str, Any]) -> None:
+async def _remove_results(blocks: Mapping[str, ComputeEnvironment], run: FlowRun) -> None:
+    """
+    What a job has published in the stores of its environments, and what its stages have handed over in them.
+
+    Raises:
+        StoreUnavailable: Also if the environment of one is not registered any more. All that can be removed is.
+    """
+    away = StoreUnavailable("the environment is not registered any more")
+    faults = [away for name in _environments(run) if name not in blocks]
+    used = [blocks[name] for name in _environments(run) if name in blocks]
+    stores = [block.store() for block in used] + [block.handover() for block in used if is_spread(run)]
+    for store in stores:
+        try:
+            await asyncio.to_thread(store.delete_job, run.id.hex)
+        except StoreUnavailable as fault:
+            faults.append(fault)
+    if faults:
+        raise faults[0]
+
+
+async def _remove_document(blocks: Mapping[str, ComputeEnvironment], parameters: Mapping[str, Any]) -> None:
     """Delete the stored document of a run with these parameters, if it has one."""
-    if parameters.get("stored_in"):
-        await asyncio.to_thread(block.documents().delete_job, parameters["sealed"])
+    place = parameters.get("stored_in")
+    if place is not None and place in blocks:
+        await asyncio.to_thread(blocks[place].documents().delete_job, parameters["sealed"])
 
 
 async def _has_document(block: ComputeEnvironment, parameters: Mapping[str, Any]) -> bool:
@@ -1002,32 +1209,39 @@ def _tries(run: FlowRun) -> int | None:
     return tries
 
 
+def _is_repeated(run: FlowRun) -> bool:
+    """Whether it was begun several times."""
+    return run.run_count > 1 or _tries(run) is not None
+
+
 def _job_of(
     run: FlowRun,
+    stage_runs: Mapping[int, FlowRun],
     steps: Steps,
     fetches: Mapping[tuple[UUID, str], Artifact],
     environments: Mapping[str, EnvironmentState],
     *,
     past: Sequence[Transition] | None,
-    before: int | None,
+    places: Mapping[UUID, int],
 ) -> Job:
     """
-    *steps* are those since the last restart. *past* is its whole history, for a run that was begun several times.
-    *before* is how many come first, of a run that waits and where that is known.
+    *stage_runs* are those that do its stages, by stage, if others do. *steps* are those since the last restart. *past*
+    is its whole history, for a run that was begun several times. *places* is how many come first, of runs that wait and
+    where that is known.
     """
     summary = run.parameters["summary"]
-    status, stage = run_status(run.state, steps)
+    status, stage = _status_of(run, stage_runs, steps)
     state = run.state
-    tasks = [step.id for step in steps.get(stage, {}).values()] if stage is not None else []
 
-    def told(key: str) -> Artifact | None:
-        artifact = fetches.get((run.id, key))
+    def told(index: int, key: str) -> Artifact | None:
+        artifact = fetches.get((stage_runs.get(index, run).id, key))
+        tasks = [step.id for step in steps.get(index, {}).values()]
         return artifact if artifact is not None and artifact.task_run_id in tasks else None  # of an earlier try
 
-    fetch = told(fetch_key(stage)) if stage is not None else None
-    wait = told(waiting_key(stage)) if stage is not None else None
+    fetch = told(stage, fetch_key(stage)) if stage is not None else None
+    wait = told(stage, waiting_key(stage)) if stage is not None else None
     final = state is not None and state.is_final()
-    environment = summary["environments"][0]
+    environment = _environments(run)[0]
     message = _told(state)
     created = _created(run)
     if past is None:
@@ -1054,8 +1268,10 @@ def _job_of(
             summary=summary,
             fetch=fetch,
             wait=wait,
-            environment=environments.get(environment),
-            before=before,
+            waits=_waits(stage_runs, steps, environments, places),
+            going=any(_is_doing(each, steps.get(index, {})) for index, each in stage_runs.items()),
+            environment=_told_to(run, environments.get(environment)),
+            before=places.get(run.id),
         ),
         stopped_in=_before_the_end(steps, run) if status is Status.STOPPED else Status.WARMING_UP,
         stage=stage,
@@ -1068,8 +1284,84 @@ def _job_of(
         # Runs made by earlier versions tell neither.
         document_id=summary.get("document", ""),
         whitelist=tuple(summary.get("whitelist", ())),
-        gpus=summary.get("gpus", {}).get(str(stage), 0) if status is Status.RUNNING and not _holds_up(wait) else 0,
+        gpus=_gpus(run, stage_runs, steps, lambda index: _holds_up(told(index, waiting_key(index)))),
+        places=_job_places(run),
     )
+
+
+def _job_places(run: FlowRun) -> dict[int, str]:
+    """``Job.places``. Runs made by earlier versions have none."""
+    return {int(index): name for index, name in run.parameters["summary"].get("places", {}).items()}
+
+
+def _gpus(
+    run: FlowRun, stage_runs: Mapping[int, FlowRun], steps: Steps, holds_up: Callable[[int], bool]
+) -> dict[str, int]:
+    """``Job.gpus``; *holds_up* tells of a stage whether its algorithm waits for something."""
+    wanted: Mapping[str, int] = run.parameters["summary"].get("gpus", {})
+    places = _job_places(run)
+    found: dict[str, int] = {}
+    for index, stage in steps.items():
+        state = stage_runs.get(index, run).state
+        going = state is not None and state.type in (StateType.RUNNING, StateType.CANCELLING)
+        if str(index) in wanted and going and status_of(outcomes(stage)) is Status.RUNNING and not holds_up(index):
+            name = places.get(index, _environments(run)[0])
+            found[name] = found.get(name, 0) + wanted[str(index)]
+    return found
+
+
+def _told_to(run: FlowRun, environment: EnvironmentState | None) -> EnvironmentState | None:
+    """What a job that waits is told of its environment. Where others do its stages, it waits for no slot there."""
+    return replace(environment, running=0) if environment is not None and is_spread(run) else environment
+
+
+def _status_of(run: FlowRun, stage_runs: Mapping[int, FlowRun], steps: Steps) -> tuple[Status, int | None]:
+    """Status of a job's run, and the stage it is in, whoever does its stages."""
+    status, stage = run_status(run.state, steps)
+    final = run.state is not None and run.state.is_final()
+    if not final and status is Status.WARMING_UP and any(not _has_ended(each) for each in stage_runs.values()):
+        # It was interrupted, and they go on.
+        return live_status(steps)
+    if final and status not in (Status.COMPLETED, Status.STOPPED):
+        order = [int(index) for index in run.parameters["summary"]["stages"]]
+        failed = [n for n in order if (each := stage_runs.get(n)) and _has_ended(each) and not _is_completed(each)]
+        return status, next(iter(failed), stage)
+    return status, stage
+
+
+def _has_ended(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_final()
+
+
+def _is_completed(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_completed()
+
+
+def _waits(
+    stage_runs: Mapping[int, FlowRun],
+    steps: Steps,
+    environments: Mapping[str, EnvironmentState],
+    places: Mapping[UUID, int],
+) -> dict[int, str]:
+    """Of each stage whose run has not begun with it, or not again, why."""
+    found: dict[int, str] = {}
+    for index, run in stage_runs.items():
+        state = run.state
+        if state is None or state.is_final() or _is_doing(run, steps.get(index, {})):
+            continue
+        if state.name == "AwaitingRetry":
+            found[index] = STAGE_INTERRUPTED
+        elif state.is_scheduled():
+            waiting = why_waiting(environments.get(_environments(run)[0]), datetime.now(UTC), places.get(run.id))
+            found[index] = f"is {waiting}"
+        elif not state.is_running() or not steps.get(index):
+            found[index] = STAGE_BEGINS
+    return found
+
+
+def _is_doing(run: FlowRun, stage: Mapping[Phase, TaskRun]) -> bool:
+    """Whether the run of a stage is at a step of it now."""
+    return run.state is not None and run.state.is_running() and bool(stage) and not stage_finished(stage)
 
 
 def _before_the_end(steps: Steps, run: FlowRun) -> Status:
@@ -1108,20 +1400,26 @@ def _reason(
     summary: Mapping[str, Any],
     fetch: Artifact | None,
     wait: Artifact | None,
+    waits: Mapping[int, str],
+    going: bool,
     environment: EnvironmentState | None,
     before: int | None,
 ) -> str:
+    """*waits* is of each stage that waits why, where others do the stages; *going* whether any is in progress."""
     if state is not None and state.is_final():
         return why_ended(status, _told(state), stage=stage, stages=len(summary["stages"]))
     if state is not None and state.type is StateType.CANCELLING:
         return STOPPING
-    if state is not None and state.name == "AwaitingRetry":
+    if waits and not going:
+        return why_stages_wait(waits)
+    if state is not None and state.name == "AwaitingRetry" and not going:
         return RESUMING
-    if state is None or state.is_scheduled():
+    if (state is None or state.is_scheduled()) and not going:
         return why_waiting(environment, datetime.now(UTC), before)
-    return why_live(
+    why = why_live(
         status,
         seconds=summary["seconds"].get(str(stage)),
         fetching=fetch.description if fetch is not None else None,
         waiting=wait.description if wait is not None and _holds_up(wait) else None,
     )
+    return f"{why}; {why_stages_wait(waits)}" if waits else why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
 
@@ -13,6 +14,12 @@ SILENT_AFTER: Final = 90.0
 
 STOPPING: Final = "a stop was requested; the algorithm is being ended"
 RESUMING: Final = "the job was interrupted; it goes on after its last finished step, as soon as a worker is free"
+STAGE_INTERRUPTED: Final = "was interrupted; it goes on after its last finished step, as soon as a worker is free"
+STAGE_BEGINS: Final = "is about to begin: a worker has taken it"
+"""For ``why_stages_wait``."""
+
+NAMED: Final = 3
+"""Waiting stages that a reason names."""
 
 _LIVE: Final = {
     Status.WARMING_UP: "a worker has taken the job and is starting it",
@@ -71,6 +78,13 @@ def why_live(
     if status is Status.RUNNING and seconds:
         return f"{_LIVE[status]}; it has {seconds:g} s at most"
     return _LIVE[status]
+
+
+def why_stages_wait(reasons: Mapping[int, str]) -> str:
+    """For a job in several environments, from what is told of each stage that has not begun: the rest of a sentence."""
+    told = [f"stage {stage} {why}" for stage, why in sorted(reasons.items())[:NAMED]]
+    more = len(reasons) - len(told)
+    return "; ".join([*told, *([f"{more} more stages wait"] if more else [])])
 
 
 def why_ended(status: Status, message: str, *, stage: int | None, stages: int) -> str:

@@ -44,10 +44,11 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
-from prefect.states import AwaitingRetry, Cancelled, Crashed, Pending
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pending
 
 from blocks.environment import ComputeEnvironment, load_environments
-from flows.prefect_jobs import IN_PROGRESS, PAGE, PrefectJobs
+from flows.prefect_jobs import IN_PROGRESS, PAGE, PrefectJobs, is_job
+from flows.stages import ITS_JOB_ENDED, stage_of
 from flows.states import end_of_taken_out, is_taken_out
 from tasks.execute import end_left_runs
 from tasks.workspace import discard, job_ids
@@ -91,11 +92,6 @@ def worker_of(run: FlowRun) -> str | None:
         return message.removeprefix(_CLAIM) if message.startswith(_CLAIM) else None
     name = run.labels.get("prefect.worker.name")
     return name if isinstance(name, str) else None
-
-
-def is_job(run: FlowRun) -> bool:
-    """Whether it was submitted as a job. Flows of the upkeep and what an operator starts by hand are none."""
-    return "fingerprint" in (run.parameters.get("summary") or {})
 
 
 def resumes(states: Iterable[State[Any]]) -> int:
@@ -147,7 +143,7 @@ async def give_up(
             return stopped
         told = f"{why}: {detail}" if detail else why
         state: State[Any] = Crashed(message=told)
-        if is_job(run) and (why == HANDED_BACK or before < MOST_RESUMES):
+        if (is_job(run) or stage_of(run) is not None) and (why == HANDED_BACK or before < MOST_RESUMES):
             at = datetime.now(UTC) + timedelta(seconds=0.0 if why == HANDED_BACK else pause(before))
             state = AwaitingRetry(message=told, scheduled_time=at)
         answer = await client.set_flow_run_state(run_id, state)
@@ -191,6 +187,7 @@ class Reconciler:
         found = await self._in_progress()
         peers = {name for run in found if (name := worker_of(run)) not in (None, self.worker) and name is not None}
         offline = await self._offline(peers)
+        found = await self._without_their_jobs(found)
         taken: list[UUID] = []
         for run in found:
             try:
@@ -202,6 +199,29 @@ class Reconciler:
                 # One that cannot be helped is not to keep the others from it.
                 self.logger.exception("flow run %s could not be looked after", run.id)
         return taken
+
+    async def _without_their_jobs(self, found: list[FlowRun]) -> list[FlowRun]:
+        """
+        *found*, of which those are being stopped now that do a stage of a job that has ended or is no more: who has
+        stopped the job did not come to them, or nobody has, and the job's own run came to an end by itself.
+        """
+        jobs = {run.id: UUID(of[0]) for run in found if (of := stage_of(run)) is not None}
+        going: set[UUID] = set()
+        wanted = sorted(set(jobs.values()))
+        for start in range(0, len(wanted), PAGE):
+            ids = FlowRunFilter(id=FlowRunFilterId(any_=wanted[start : start + PAGE]))
+            runs = await self.client.read_flow_runs(flow_run_filter=ids)
+            going.update(run.id for run in runs if run.state is None or not run.state.is_final())
+        seen: list[FlowRun] = []
+        for run in found:
+            now = run
+            stopped = run.state is not None and (run.state.type is StateType.CANCELLING or is_taken_out(run.state))
+            if run.id in jobs and jobs[run.id] not in going and not stopped:
+                with suppress(ObjectNotFound):
+                    await self.client.set_flow_run_state(run.id, Cancelling(message=ITS_JOB_ENDED))
+                    now = await self.client.read_flow_run(run.id)
+            seen.append(now)
+        return [run for run in seen if run.state is not None and run.state.type in IN_PROGRESS]
 
     async def _run(self, run: FlowRun, before: Collection[UUID], offline: Collection[str]) -> bool:
         """Look after one run, which ran here *before* or not. Whether it was taken up."""

@@ -126,6 +126,17 @@ def has_begun(states: Iterable[State[Any]]) -> bool:
     return begun
 
 
+def restarted_at(states: Iterable[State[Any]]) -> datetime | None:
+    """When a run was put back into its queue after an end, the last time, from all *states* it has had; None: never."""
+    found = None
+    ended = False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if ended and state.type is StateType.SCHEDULED:
+            found = state.timestamp
+        ended = state.is_final()
+    return found
+
+
 SKIPPED: Final = "Skipped"
 """Name of the state of a step whose turn never came, because one before it failed."""
 
@@ -251,13 +262,17 @@ def transitions(steps: Steps) -> list[Transition]:
     return sorted(found, key=lambda transition: (transition.at, transition.stage or 0))
 
 
-def history(states: Iterable[State[Any]], task_runs: Iterable[TaskRun]) -> list[Transition]:
+def history(
+    states: Iterable[State[Any]], task_runs: Iterable[TaskRun], of_stages: Iterable[TaskRun] = ()
+) -> list[Transition]:
     """
-    What a flow run that was begun several times went through, from all *states* it has had and all its *task_runs*.
+    What a flow run that was begun several times went through, from all *states* it has had and all its *task_runs*;
+    *of_stages* are those of the runs that did its stages, if it had them done.
 
     Every try begins with waiting; one that was restarted also ended before.
     """
     runs = list(task_runs)
+    elsewhere = list(of_stages)
     found: list[Transition] = []
     before = tries = 0  # begun before the last restart, and now
     waits = False
@@ -270,11 +285,14 @@ def history(states: Iterable[State[Any]], task_runs: Iterable[TaskRun]) -> list[
             waits = False
             found.append(Transition(Status.STARTED, state.timestamp))
         elif state.is_final():
-            status, stage = run_status(state, steps_of(of_tries(runs, before + 1, tries), of=state))
+            then = [run for run in elsewhere if (begun := run.start_time or run.created) and begun <= state.timestamp]
+            status, stage = run_status(state, steps_of([*of_tries(runs, before + 1, tries), *then], of=state))
             found.append(Transition(status, state.timestamp, None if status is Status.COMPLETED else stage))
             before, waits = tries, False
     for n in range(1, tries + 1):
         found.extend(transitions(steps_of(of_tries(runs, n, n))))
+    for run_id, n in {(run.flow_run_id, run.flow_run_run_count) for run in elsewhere}:
+        found.extend(transitions(steps_of(of_tries([run for run in elsewhere if run.flow_run_id == run_id], n, n))))
     return sorted(found, key=lambda transition: transition.at)
 
 

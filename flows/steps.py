@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from prefect.filesystems import LocalFileSystem
@@ -25,7 +26,7 @@ from flows.status import Phase
 from tasks.workspace import Workspace, remove, stage_workspace, steps_folder
 
 _ALGORITHM: Final = frozenset({"algorithm_id", "algorithm_file", "rawcode", "container", "variables", "limits"})
-_PUBLICATION: Final = frozenset({"publish_output", "publish_algorithm_log"})
+_PUBLICATION: Final = frozenset({"publish_output", "publish_algorithm_log", "handed_over"})
 _DATA: Final = frozenset({"inputs", "custom_data"})
 
 # What of a stage a step has nothing to do with. A field that is not named here counts: a step done once too often is
@@ -40,13 +41,18 @@ _WITHOUT_MEANING: Final[Mapping[Phase, frozenset[str]]] = {
 
 
 def step_keys(
-    plan: Plan, environments: Mapping[str, ComputeEnvironment], secret_of: Callable[[bytes], str]
+    plan: Plan,
+    environments: Mapping[str, ComputeEnvironment],
+    secret_of: Callable[[bytes], str],
+    received: Mapping[int, str] = MappingProxyType({}),
 ) -> dict[str, str]:
     """
     The key of every step, by its name: the same as long as what the step depends on in the plan, in its environment
     and in the steps before it is the same. A key is a file name.
 
     *secret_of* makes a text from bytes that nobody else can make: a plain hash would give a short secret away.
+    *received* has a checksum of what each stage has handed over, where that is known: a stage that was run once more
+    may have put out something else.
     """
     keys: dict[str, str] = {}
     for step in plan.steps:
@@ -57,9 +63,15 @@ def step_keys(
             "environment": _ruling(environments[stage.environment], stage, step.phase),
             "after": [keys[name] for name in step.after],
         }
+        if step.phase is Phase.DATA and (read := _read(stage, received)):
+            said["received"] = read
         text = json.dumps(said, sort_keys=True, separators=(",", ":"))
         keys[step.name] = f"{step.stage}-{step.phase}-{secret_of(text.encode())}"
     return keys
+
+
+def _read(stage: PlannedStage, received: Mapping[int, str]) -> list[str]:
+    return [received[part.stage] for part in stage.inputs if part.stage is not None and part.stage in received]
 
 
 def _described(stage: PlannedStage, phase: Phase) -> dict[str, Any]:

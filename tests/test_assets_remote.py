@@ -210,7 +210,7 @@ def test_a_checksum_that_was_approved(other: OtherProvider, tmp_path: Path) -> N
 
 
 def site(environment: ComputeEnvironment, stage: PlannedStage) -> Site:
-    return Site(job_id="1" * 32, stage=stage, environment=environment)
+    return Site(job_id="1" * 32, run_id="1" * 32, stage=stage, environment=environment)
 
 
 def test_the_step_of_a_flow(other: OtherProvider, tmp_path: Path) -> None:

@@ -537,7 +537,7 @@ def test_a_big_document_is_taken(consumer: Consumer) -> None:
 def test_environments_are_listed(consumer: Consumer) -> None:
     """Every environment, in both spellings, with the truth about its workers."""
     listed = {e["id"]: e for e in consumer.http.get(f"{OPERATOR}/environments").json()}
-    workers = {"default", "withgpu", "tight", "lost", "unsealed", "brief", "impatient"}
+    workers = {"default", "withgpu", "tight", "lost", "unsealed", "brief", "impatient", "beside"}
     assert workers | {"unattended", "fading", "hopeless"} == set(listed)
     assert (1, 1) == (listed["withgpu"]["nCPU"], listed["withgpu"]["cpuNumber"])
     assert listed["default"]["lastSeen"] and not listed["unattended"]["lastSeen"]

@@ -25,7 +25,7 @@ from blocks.limits import GIB, Offer
 from blocks.process import ProcessRunner
 from blocks.remote import Access
 from cli.service import ROOT
-from flows.environments import read_definitions, register_from
+from flows.environments import COORDINATORS, MOST_COORDINATORS, read_definitions, register_from
 from tests.conftest import DEFINITIONS, PrefectServer
 
 MARKER: Final = "hush-a87ff679a2f3"
@@ -227,6 +227,7 @@ def test_registered_environments_are_on_offer(client: SyncPrefectClient, names: 
     pools = [client.read_work_pool(f"pool-{id}") for id in names]
     assert [("warm-process", None)] * 2 == [(pool.type, pool.concurrency_limit) for pool in pools]
     assert [3, 2] == [slots(client, f"pool-{id}", id) for id in names]
+    assert [MOST_COORDINATORS] * 2 == [slots(client, f"pool-{id}", COORDINATORS) for id in names]
 
 
 @pytest.mark.server
@@ -235,8 +236,11 @@ def test_registering_again_brings_up_to_date(client: SyncPrefectClient, names: l
     first, second = names
     register_from(written(tmp_path, one(first), one(second)))
     client.update_work_pool(f"pool-{first}", WorkPoolUpdate(description="mine", concurrency_limit=7))
+    coordinators = client.read_work_queue_by_name(COORDINATORS, work_pool_name=f"pool-{first}")
+    client.update_work_queue(coordinators.id, concurrency_limit=3)
     register_from(written(tmp_path, one(first, offer={"max_jobs": 5, "desc": "new"}), one(second)))
     pool = client.read_work_pool(f"pool-{first}")
+    assert 3 == slots(client, f"pool-{first}", COORDINATORS)
     assert (5, 7, "mine") == (slots(client, f"pool-{first}", first), pool.concurrency_limit, pool.description)
     assert "new" == offers(client)[first].desc
 

@@ -17,9 +17,11 @@ import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Pending
+from prefect.states import Completed, Pending, Scheduled
 
 from blocks.environment import load_environments, state_folder
 from blocks.store import Kind, Manifest, ManifestFile
@@ -37,6 +39,7 @@ from flows.errors import (
 from flows.jobs import Expiry, Job, JobQuery, Jobs, MemoryJobs
 from flows.prefect_jobs import DELETING, KEPT, REMOVAL_SECONDS, REMOVING, PrefectJobs
 from flows.sealing import Seal, create_key_file
+from flows.stages import FLOW_NAME, job_tag
 from flows.states import STOPPED_IN_QUEUE, taken_out_of_the_queue
 from flows.status import Status
 from flows.workflow import Workflow, parse_workflow
@@ -550,6 +553,78 @@ async def test_deletions_at_once(jobs: Jobs) -> None:
     assert [] == await jobs.delete(by_id(job))
 
 
+# In several environments.
+
+
+def spread(*environments: str, agreement: str = "", owner: str = "", **first: Any) -> Workflow:
+    """A stage in each of *environments*; *first* is said of the first one."""
+    one, *others = environments
+    return parse_workflow(
+        documents.workflow(
+            stages=[stage(0, environment=one, **first), *(stage(n, environment=e) for n, e in enumerate(others, 1))],
+            agreement=agreement or uuid4().hex,
+            owner=owner or f"0x{uuid4().hex}AB",
+        )
+    )
+
+
+async def test_a_job_in_several_environments_is_one_job(jobs: Jobs) -> None:
+    """Taken in, found, stopped, restarted and deleted like any other, with the environment of its first stage."""
+    wanted = spread(FADING, ENVIRONMENT, FADING)
+    job = await jobs.submit(wanted)
+    assert (FADING, (FADING, ENVIRONMENT), 3) == (job.environment, job.environments, job.stages)
+    assert {0: FADING, 1: ENVIRONMENT, 2: FADING} == job.places
+    assert "waiting" in job.reason
+    assert job == await jobs.submit(wanted) == await only(jobs.find(JobQuery(agreement_id=job.agreement_id)))
+    assert [job.id] == [each.id for each in await jobs.running() if each.owner == job.owner]
+    stopped = await only(jobs.stop(by_id(job)))
+    assert Status.STOPPED is stopped.status
+    assert Status.WARMING_UP is (await jobs.restart(job.id)).status
+    assert Status.DELETED is (await only(jobs.delete(by_id(job)))).status
+    assert [] == await jobs.find(by_id(job))
+
+
+async def test_a_job_is_restarted_where_it_was(jobs: Jobs) -> None:
+    """Each stage in its environment: neither elsewhere nor with other stages, whether it is in one or in several."""
+    for before, others in (
+        ((ENVIRONMENT, FADING), ((FADING, ENVIRONMENT), (ENVIRONMENT,), (ENVIRONMENT, FADING, FADING))),
+        ((ENVIRONMENT,), ((ENVIRONMENT, FADING), (FADING,))),
+    ):
+        job = await jobs.submit(spread(*before))
+        stopped = await only(jobs.stop(by_id(job)))
+        for other in others:
+            with pytest.raises(InvalidParameter, match="where it was"):
+                await jobs.restart(job.id, spread(*other, agreement=job.agreement_id, owner=job.owner))
+        assert stopped == await only(jobs.find(by_id(job)))
+        changed = spread(*before, agreement=job.agreement_id, owner=job.owner, rawcode="print('other')")
+        assert Status.WARMING_UP is (await jobs.restart(job.id, changed)).status
+        await jobs.delete(by_id(job))
+
+
+async def test_results_in_several_environments_expire_together(jobs: Jobs) -> None:
+    """When the first of the environments lets go of them; whichever of them is asked to, once."""
+    for environments in ((FADING, ENVIRONMENT), (ENVIRONMENT, FADING)):
+        job = await jobs.submit(spread(*environments))
+        await published(jobs, job)
+        stopped = await only(jobs.stop(by_id(job)))
+        assert stopped.finished is not None
+        assert stopped.finished + timedelta(seconds=1) == stopped.expires
+        await past(stopped)
+        assert (True, ()) == ((told := await only(jobs.find(by_id(job)))).expired, told.results)
+        await jobs.expire(FADING, most=1000)
+        assert job.id not in [each.id for each in (await jobs.expire(FADING, most=1000)).removed]
+        await jobs.delete(by_id(job))
+
+
+async def test_a_deletion_in_several_environments_is_finished(jobs: Jobs) -> None:
+    """By whoever looks after one of them."""
+    for name in (ENVIRONMENT, FADING):
+        job = await jobs.submit(spread(ENVIRONMENT, FADING))
+        await cut_off(jobs, job)
+        assert [job.id] == [each.id for each in (await jobs.finish_deletions(name)).removed]
+        assert [] == await jobs.find(by_id(job)) == await jobs.delete(by_id(job))
+
+
 # Environments and results.
 
 
@@ -868,6 +943,64 @@ async def test_a_deletion_that_cannot_be_finished(
         assert Status.DELETED is (await only(others.delete(by_id(job)))).status
         assert [] == await others.delete(by_id(job))
     assert not stored(job.id)
+
+
+async def stage_run(client: PrefectClient, job: Job, index: int, environment: str) -> UUID:
+    """A run that does a stage of *job*, as the job's own run would begin it."""
+    deployment = await client.read_deployment_by_name(f"{FLOW_NAME}/{environment}")
+    run = await client.create_flow_run_from_deployment(
+        deployment.id,
+        parameters={"sealed": "", "summary": {"environments": [environment]}, "job": job.id, "stage": index},
+        state=Scheduled(),
+        tags=[job_tag(job.id), f"environment:{environment}"],
+        work_queue_name=environment,
+    )
+    return run.id
+
+
+@pytest.mark.server
+async def test_runs_of_stages_are_no_jobs(prefect_server: PrefectServer) -> None:
+    """
+    They cannot be asked for. Each counts in its environment, and the job in none; the job says what they wait for.
+    They are stopped with it, and deleted with it.
+    """
+    async with over_prefect(prefect_server) as jobs, over_prefect(prefect_server) as later, get_client() as client:
+        before = {state.offer.id: state.waiting for state in await jobs.environments()}
+        job = await jobs.submit(spread(ENVIRONMENT, FADING))
+        runs = [await stage_run(client, job, n, name) for n, name in enumerate((ENVIRONMENT, FADING))]
+        after = {state.offer.id: state.waiting for state in await later.environments()}
+        assert [1, 1] == [after[name] - before[name] for name in (ENVIRONMENT, FADING)]
+        for run_id in runs:
+            assert [] == await jobs.find(JobQuery(job_id=run_id.hex)) == await jobs.delete(JobQuery(job_id=run_id.hex))
+            with pytest.raises(JobNotFound):
+                await jobs.restart(run_id.hex)
+        assert {run_id.hex for run_id in runs}.isdisjoint(each.id for each in await jobs.running())
+        told = await only(jobs.find(by_id(job)))
+        assert "stage 0 is waiting for a worker" in told.reason and "; stage 1 is waiting for a worker" in told.reason
+        assert Status.STOPPED is (await only(jobs.stop(by_id(job)))).status
+        states = [(await client.read_flow_run(run_id)).state for run_id in runs]
+        assert [StateType.CANCELLED] * 2 == [state.type for state in states if state is not None]
+        await jobs.delete(by_id(job))
+        for run_id in runs:
+            with pytest.raises(ObjectNotFound):
+                await client.read_flow_run(run_id)
+
+
+@pytest.mark.server
+async def test_what_was_handed_over_is_swept(prefect_jobs: PrefectJobs) -> None:
+    """Of jobs that are completed, or no more, where nobody did it when they ended; not of those that may go on."""
+    async with get_client() as client:
+        store = (await load_environments(client))[FADING].handover()
+        going, done = [await prefect_jobs.submit(spread(ENVIRONMENT, FADING)) for _ in range(2)]
+        await client.set_flow_run_state(UUID(done.id), Completed(name="Job completed"), force=True)
+    unknown = uuid4().hex
+    for job_id in (going.id, done.id, unknown):
+        store.put_bytes(job_id, "0/output/0", b"x")
+    assert {done.id, unknown} <= set(await prefect_jobs.sweep_handovers(FADING))
+    assert [True, False, False] == [store.exists(each, "0/output/0") for each in (going.id, done.id, unknown)]
+    await prefect_jobs.delete(by_id(going))
+    assert going.id not in list(store.jobs())
+    await prefect_jobs.delete(by_id(done))
 
 
 @pytest.mark.server

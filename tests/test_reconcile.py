@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -19,7 +19,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import AwaitingRetry, Cancelling, Completed, Late, Pending, Running, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Late, Pending, Running, Scheduled
 
 from blocks.environment import load_environments
 from flows.prefect_jobs import DELETING, PrefectJobs
@@ -44,7 +44,7 @@ from flows.status import Status
 from flows.worker import WarmProcessWorker, own_name
 from tasks.workspace import held
 from tests.conftest import PrefectServer
-from tests.test_jobs_contract import ENVIRONMENT, by_id, document, only
+from tests.test_jobs_contract import ENVIRONMENT, by_id, document, only, spread, stage_run
 
 pytestmark = pytest.mark.anyio
 
@@ -181,6 +181,29 @@ async def test_a_stop_that_was_not_heard_is_passed_on(world: World) -> None:
         await asyncio.sleep(0.2)
     assert run_id in world.stopped
     assert StateType.CANCELLING is (await world.state(run_id)).type
+
+
+@pytest.mark.server
+async def test_stages_of_jobs_that_have_ended_are_stopped(world: World) -> None:
+    """And those of jobs that are no more; one of a job that goes on is taken up again, like a job, when it was lost."""
+    going, ended = [await world.jobs.submit(spread(ENVIRONMENT, "fading")) for _ in range(2)]
+    await world.client.set_flow_run_state(UUID(ended.id), Cancelled(), force=True)
+    of_none = replace(going, id=uuid4().hex)
+    runs = [await stage_run(world.client, job, 0, ENVIRONMENT) for job in (going, ended, of_none)]
+    world.claimed.extend((UUID(going.id), UUID(ended.id), *runs))
+    for run_id in runs:
+        await world.client.set_flow_run_state(run_id, claimed(ME))
+        await world.client.update_flow_run_labels(run_id, {"prefect.worker.name": ME})
+        await world.client.set_flow_run_state(run_id, Running())
+    lost, *over = runs
+    world.live.update(over)
+    reconciler = world.reconciler()
+    assert lost in await reconciler.runs()
+    assert "AwaitingRetry" == (await world.state(lost)).name
+    assert [StateType.CANCELLING] * 2 == [(await world.state(run_id)).type for run_id in over]
+    world.live.clear()
+    await reconciler.runs()
+    assert [StateType.CANCELLED] * 2 == [(await world.state(run_id)).type for run_id in over]
 
 
 @pytest.mark.server

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.objects import State, StateDetails, StateType, TaskRun
@@ -33,6 +33,7 @@ from flows.states import (
     live_status,
     of_tries,
     queued_at,
+    restarted_at,
     run_status,
     steps_of,
     stop_request,
@@ -413,6 +414,50 @@ def test_the_history_of_a_job_that_was_cut_off_and_restarted() -> None:
         (passed.status, (passed.at - START).total_seconds(), passed.stage)
         for passed in history(reversed(states), reversed(runs))
     ]
+
+
+def test_the_history_of_a_job_whose_stages_others_do() -> None:
+    """What they did and when is told as its own; an end tells of the stage that had failed by then."""
+    states = [
+        stated(Scheduled(), 0),
+        stated(Running(), 1),
+        stated(ended_state(Status.ALGORITHM_FAILED, "gone"), 9),
+        stated(Scheduled(), 20),
+        stated(Running(), 21),
+        stated(ended_state(Status.COMPLETED, ""), 40),
+    ]
+    first, second = uuid4(), uuid4()
+    runs = [
+        *of_run(first, *of_try(1, task_run("0/run", Completed(), start=3, end=4))),
+        *of_run(second, *of_try(1, task_run("1/provision-algorithm", Failed(), start=7, end=8))),
+        *of_run(second, *of_try(2, task_run("1/provision-algorithm", Completed(), start=32, end=33))),
+    ]
+    assert [
+        (Status.WARMING_UP, 0, None),
+        (Status.STARTED, 1, None),
+        (Status.RUNNING, 3, 0),
+        (Status.CONFIGURING, 7, 1),
+        (Status.ALGORITHM_FAILED, 9, 1),
+        (Status.WARMING_UP, 20, None),
+        (Status.STARTED, 21, None),
+        (Status.CONFIGURING, 32, 1),
+        (Status.COMPLETED, 40, None),
+    ] == [(passed.status, (passed.at - START).total_seconds(), passed.stage) for passed in history(states, [], runs)]
+
+
+def of_run(run_id: UUID, *runs: TaskRun) -> list[TaskRun]:
+    return [run.model_copy(update={"flow_run_id": run_id}) for run in runs]
+
+
+def test_when_a_run_was_restarted() -> None:
+    """Put back after an end, the last time; what was lost and taken up again was not."""
+    states = [stated(Scheduled(), 0), stated(Running(), 1), stated(AwaitingRetry(), 2), stated(Running(), 3)]
+    assert restarted_at(states) is None
+    states += [stated(Failed(), 4), stated(Scheduled(), 5), stated(Late(), 6), stated(Running(), 7)]
+    assert at(5) == restarted_at(reversed(states))
+    states += [stated(Cancelled(), 8)]
+    assert at(5) == restarted_at(states)
+    assert at(9) == restarted_at([*states, stated(Scheduled(), 9)])
 
 
 # The queue.

@@ -101,6 +101,15 @@ def test_what_a_container_is_like_rules_its_run(change: dict[str, Any]) -> None:
     assert names(0, "run", "filter", "publish") | names(1) == {n for n in before if before[n] != after[n]}
 
 
+def test_what_was_handed_over_anew_is_read_anew() -> None:
+    """A stage that was run once more may have put out something else, though nothing it depends on has changed."""
+    before, after = (
+        step_keys(two_stages(), environment(), secret_of, received) for received in ({0: "one"}, {0: "other"})
+    )
+    assert names(1, "provision-data", "run", "filter", "publish") == {n for n in before if before[n] != after[n]}
+    assert before != step_keys(two_stages(), environment(), secret_of)
+
+
 def test_how_an_image_is_got_rules_nothing() -> None:
     """Credentials and policy decide whether there is an image, not which."""
     before = step_keys(two_stages(), environment_with(runner="docker"), secret_of)

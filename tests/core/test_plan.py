@@ -249,7 +249,6 @@ def test_an_environment_says_which_schemes() -> None:
 def test_everything_at_once() -> None:
     """Problems of every stage come in one answer, in the order of their paths."""
     assert [
-        "stages",
         "stages.0.compute.Instances",
         "stages.0.dependsOn.1",
         "stages.0.input.0.id",
@@ -295,10 +294,50 @@ def test_too_many_stages_and_inputs() -> None:
 
 
 def test_two_environments() -> None:
-    """Stages of one job run in one environment."""
-    assert ["stages: stages in different compute environments are not offered yet"] == problems(
-        stage(), stage(environment="buckets")
-    )
+    """Each stage is held to its own environment: to the schemes it allows, and to its being there."""
+    bucket = [data("a", "s3://bucket/a.csv")]
+    plan = compile_plan(parsed(stage(), stage(environment="buckets", input=bucket)), OFFERS)
+    assert ["default", "buckets"] == [each.environment for each in plan.stages]
+    assert ["stages.0.input.0.url.0"] == paths(stage(input=bucket), stage(environment="buckets"))
+    assert ["stages.1.compute.namespace"] == paths(stage(), stage(environment="moon"))
+
+
+def test_what_is_handed_over_between_environments() -> None:
+    """
+    The outputs of the stages that another one reads, also of one in the same environment, as each has a run of its own;
+    in a job that is in one environment, of none.
+    """
+
+    def plan(second: str) -> Plan:
+        stages = (
+            stage(0),
+            stage(1, environment=second, input=[outputs_of(0)]),
+            stage(2, after=[1]),
+            stage(3, input=[outputs_of(2)]),
+        )
+        return compile_plan(parsed(*stages), OFFERS)
+
+    several = plan("buckets")
+    assert ("default", "buckets") == several.environments
+    assert {0: True, 1: False, 2: True, 3: False} == {each.index: each.handed_over for each in several.stages}
+    assert 2 == str(several).count("hands over its outputs")
+    assert {False} == {each.handed_over for each in plan("default").stages}
+    assert "hands over" not in str(plan("default"))
+
+
+def test_a_part_of_a_plan_waits_for_nothing_elsewhere() -> None:
+    """A run that does one stage has its steps only, in their order."""
+    plan = compile_plan(parsed(stage(0), stage(1, environment="buckets", input=[outputs_of(0)])), OFFERS)
+    part = plan.part(1)
+    assert (plan.stage(1),) == part.stages
+    assert {
+        "1/provision-data": (),
+        "1/provision-algorithm": (),
+        "1/run": ("1/provision-data", "1/provision-algorithm"),
+        "1/filter": ("1/run",),
+        "1/publish": ("1/filter",),
+    } == {step.name: step.after for step in part.steps}
+    assert ("buckets",) == part.environments
 
 
 def test_an_input_has_one_source() -> None:

@@ -8,7 +8,15 @@ from typing import Final
 import pytest
 
 from flows.jobs import EnvironmentState
-from flows.reasons import SILENT_AFTER, why_ended, why_live, why_waiting
+from flows.reasons import (
+    SILENT_AFTER,
+    STAGE_BEGINS,
+    STAGE_INTERRUPTED,
+    why_ended,
+    why_live,
+    why_stages_wait,
+    why_waiting,
+)
 from flows.status import TERMINAL, Status
 from tests.documents import offer
 
@@ -50,6 +58,18 @@ def test_the_place_of_a_job_that_waits(before: int, place: str) -> None:
     picked_up = f"waiting to be picked up by a worker{place if before else ''}"
     assert picked_up == why_waiting(environment(running=1), NOW, before)
     assert "before" not in why_waiting(environment(seen=100), NOW, before)
+
+
+def test_why_the_stages_of_a_job_wait() -> None:
+    """By stage, and not more of them than a sentence can hold."""
+    waits = f"is {why_waiting(environment(running=2), NOW, 0)}"
+    assert "stage 1 is waiting for a free slot: 2 of 2 jobs are running in `withgpu`; this one is next" == (
+        why_stages_wait({1: waits})
+    )
+    told = why_stages_wait({7: STAGE_BEGINS, 2: STAGE_INTERRUPTED, 9: waits, 8: waits, 10: waits})
+    assert told.startswith("stage 2 was interrupted; it goes on")
+    assert "; stage 7 is about to begin" in told and "; stage 8 is waiting" in told
+    assert told.endswith("; 2 more stages wait")
 
 
 @pytest.mark.parametrize("status", sorted(set(Status) - TERMINAL))
