@@ -212,16 +212,23 @@ class Reconciler:
             ids = FlowRunFilter(id=FlowRunFilterId(any_=wanted[start : start + PAGE]))
             runs = await self.client.read_flow_runs(flow_run_filter=ids)
             going.update(run.id for run in runs if run.state is None or not run.state.is_final())
-        seen: list[FlowRun] = []
+        left: list[FlowRun] = []
         for run in found:
-            now = run
-            stopped = run.state is not None and (run.state.type is StateType.CANCELLING or is_taken_out(run.state))
-            if run.id in jobs and jobs[run.id] not in going and not stopped:
-                with suppress(ObjectNotFound):
+            if run.id not in jobs or jobs[run.id] in going:
+                left.append(run)
+                continue
+            with suppress(ObjectNotFound):
+                # As it is now: a job ends after its stages, so that of one which has ended in order since they were
+                # found, none is in progress any more.
+                now = await self.client.read_flow_run(run.id)
+                if now.state is None or now.state.type not in IN_PROGRESS:
+                    continue
+                if now.state.type is not StateType.CANCELLING and not is_taken_out(now.state):
+                    self.logger.warning("flow run %s is being stopped, since its job has ended", run.id)
                     await self.client.set_flow_run_state(run.id, Cancelling(message=ITS_JOB_ENDED))
                     now = await self.client.read_flow_run(run.id)
-            seen.append(now)
-        return [run for run in seen if run.state is not None and run.state.type in IN_PROGRESS]
+                left.append(now)
+        return [run for run in left if run.state is not None and run.state.type in IN_PROGRESS]
 
     async def _run(self, run: FlowRun, before: Collection[UUID], offline: Collection[str]) -> bool:
         """Look after one run, which ran here *before* or not. Whether it was taken up."""

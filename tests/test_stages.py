@@ -139,8 +139,8 @@ def until(holds: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.2)
 
 
-def restarted(consumer: Consumer, job_id: str) -> None:
-    consumer.http.post(f"{OPERATOR}/compute", json={"jobId": job_id}).raise_for_status()
+def restarted(consumer: Consumer, job_id: str, **more: Any) -> None:
+    consumer.http.post(f"{OPERATOR}/compute", json={"jobId": job_id, **more}).raise_for_status()
 
 
 def handing_on(*environments: str, last: str = READS) -> list[dict[str, Any]]:
@@ -314,14 +314,15 @@ def test_restart_after_a_failure_in_the_second_stage(
     owner: Owner, consumer: Consumer, files: FileServer, house: Behind
 ) -> None:
     """
-    What is done stays done, under the same id, for as long as it is there: without what the first stage has handed over
-    it is done once more, and the second then reads what it has put out now.
+    What is done stays done, under the same id, for as long as it is there and asked for: without what the first stage
+    has handed over, or with another document, it is done once more, and the second reads what it has put out now.
     """
     url, later = files.add(b"x", name="first"), files.add(status=404, name="later.py")
     stages = handing_on(HERE, BESIDE)
     stages[0]["input"] = [data("did:op:aa", url)]
     stages[1]["algorithm"] = {**stages[1]["algorithm"], "rawcode": None, "url": later}
-    job_id = consumer.submit(owner.document(*stages))
+    document = owner.document(*stages)
+    job_id = consumer.submit(document)
     failed = consumer.wait(job_id)
     assert (32, 1) == (failed["status"], failed["stage"]), failed["reason"]
     drawn = consumer.read(failed, "deep/er/n.txt")
@@ -333,16 +334,24 @@ def test_restart_after_a_failure_in_the_second_stage(
     assert (1, 1, 2) == (files.requests[url], *(house.stage_runs(job_id)[n]["run_count"] for n in (0, 1)))
 
     shutil.rmtree(house.store(HERE) / "handover" / job_id)
-    files.add(READS.encode(), name="later.py")
     restarted(consumer, job_id)
+    third = consumer.wait(job_id)
+    assert (32, 2) == (third["status"], files.requests[url])
+    again_drawn = consumer.read(third, "deep/er/n.txt")
+    assert drawn != again_drawn
+
+    files.add(READS.encode(), name="later.py")
+    changed = {**stages[0], "algorithm": {**stages[0]["algorithm"], "rawcode": f"{DRAWS}\nprint('changed')"}}
+    restarted(consumer, job_id, workflow={**document, "stages": [changed, stages[1]]})
     job = consumer.wait(job_id)
     assert 70 == job["status"], job["reason"]
     now = consumer.read(job, "0/deep/er/n.txt")
-    assert (2, now.decode()) == (files.requests[url], json.loads(consumer.read(job, "1/seen.json"))["n"])
-    assert now != drawn
+    assert (3, now.decode()) == (files.requests[url], json.loads(consumer.read(job, "1/seen.json"))["n"])
+    assert now not in (drawn, again_drawn)
+    assert b"changed\n" == consumer.read(job, "0/algorithm.log")
     assert {n: run["id"] for n, run in runs.items()} == {n: run["id"] for n, run in house.stage_runs(job_id).items()}
     seen = [(each["status"], each["stage"]) for each in job["history"]]
-    assert 2 == seen.count((32, 1)) and 3 == seen.count((1, None)) and (70, None) == seen[-1]
+    assert 3 == seen.count((32, 1)) and 4 == seen.count((1, None)) and (70, None) == seen[-1]
 
 
 def test_processes_that_are_killed(owner: Owner, consumer: Consumer, house: Behind, files: FileServer) -> None:
