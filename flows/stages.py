@@ -95,7 +95,7 @@ def counts(run: FlowRun, since: datetime | None) -> bool:
     Whether what a stage's run came to belongs to the life of its job that began at *since*, its last restart.
 
     One that failed before that is to be done again. One that was completed before is still done, or not; who looks
-    from outside takes it for done until it is in its queue again.
+    from outside takes it for done until it is in its queue again. All times are the server's.
     """
     state = run.state
     if since is None or state is None or not state.is_final():
