@@ -1,4 +1,4 @@
-"""The command line: ``c2d up``, ``c2d demo``, ``c2d demo-chain``, ``c2d plan``, ``c2d catalogue``."""
+"""The command line: ``c2d up``, ``c2d demo``, ``c2d demo-chain``, ``c2d plan``, ``c2d catalogue``, ``c2d upkeep``."""
 
 from __future__ import annotations
 
@@ -151,6 +151,31 @@ def catalogue(path: Path | None = None) -> int:
     for problem in problems:
         _failed(f"{problem.file}: {problem.sentence}")
     return 1 if problems else 0
+
+
+@app.command
+def upkeep(*, pool: str) -> int:
+    """Look after a work pool that Prefect's own workers serve, until Ctrl-C; see docs/reliability.md.
+
+    Parameters
+    ----------
+    pool
+        Name of the work pool, of type process, docker or kubernetes. Its server is at $PREFECT_API_URL; the job
+        folders and the key are found by $C2D_STATE and $C2D_KEY_FILE, as by its runs.
+    """
+    # A second that no other command has to wait.
+    from prefect.logging import get_logger  # noqa: PLC0415
+
+    from flows.upkeep import CannotKeepUp, keep_up  # noqa: PLC0415
+
+    try:
+        asyncio.run(keep_up(pool, get_logger("upkeep")))
+    except CannotKeepUp as problem:
+        _failed(str(problem))
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0
 
 
 async def _offered(catalogue: LocalCatalogue) -> tuple[tuple[LocalAsset, ...], tuple[Problem, ...]]:

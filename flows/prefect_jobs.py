@@ -73,6 +73,7 @@ from flows.states import (
     STOPPED_IN_QUEUE,
     Steps,
     expired_in_queue,
+    going_on,
     has_begun,
     history,
     is_taken_out,
@@ -83,6 +84,7 @@ from flows.states import (
     steps_of,
     stop_request,
     taken_out_of_the_queue,
+    told_as_crashed,
     transitions,
 )
 from flows.status import BY_TEXT, Phase, Status
@@ -141,6 +143,15 @@ PATIENCE: Final = 5.0
 
 LOOK_UP: Final = 2.0
 """Seconds a status waits for the store to tell what there is; a stop has to be answered also while a store hangs."""
+
+CRASH_SECONDS: Final = 60.0
+"""
+For so long a job of which Prefect's own worker has told that it crashed counts as one that goes on: whoever looks after
+the pool is about to put it back into the queue (``flows.upkeep``). If nobody has by then, it has ended.
+"""
+
+OWN_TYPE: Final = "warm-process"
+"""Type of the work pools whose workers put a job back into the queue before anybody could take it for ended."""
 
 TOLD: Final = 3.0
 """
@@ -576,6 +587,8 @@ class PrefectJobs(Jobs):
                     await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE))
                     return
             elif run.state.is_final():
+                if _goes_on(run, await self._blocks()):
+                    await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE), force=True)
                 return
             await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
             await self._gone(run_id)
@@ -774,7 +787,7 @@ class PrefectJobs(Jobs):
         return {run_id: max(0, count - 1) for (run_id, _), count in zip(asked, counts, strict=True)}
 
     async def _jobs_of(self, runs: Sequence[FlowRun]) -> list[Job]:
-        runs = await self._end_overdue(runs)
+        runs = await self._as_they_go_on(await self._end_overdue(runs))
         open_runs = [run for run in runs if _key(run) not in self._ended]
         steps = await self._steps([run.id for run in open_runs])
         fetches = await self._fetches([run.id for run in open_runs if run.state and run.state.is_running()])
@@ -810,6 +823,15 @@ class PrefectJobs(Jobs):
         now = datetime.now(UTC)
         offers = {name: block.offer for name, block in blocks.items()}
         return [as_of(replace(job, expires=expiry_of(job, offers.get(job.environment))), now) for job in jobs]
+
+    async def _as_they_go_on(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
+        """*runs*, those that are about to go on after a crash as they will be in a moment."""
+        crashed = any(told_as_crashed(run.state) for run in runs)
+        blocks = await self._blocks() if crashed else {}
+        return [
+            run.model_copy(update={"state": going_on(run.state)}) if run.state and _goes_on(run, blocks) else run
+            for run in runs
+        ]
 
     async def _steps(self, run_ids: Sequence[UUID]) -> dict[UUID, list[TaskRun]]:
         found: dict[UUID, list[TaskRun]] = {}
@@ -976,6 +998,18 @@ async def _has_document(block: ComputeEnvironment, parameters: Mapping[str, Any]
 def _removal(run: FlowRun) -> float | None:
     """Unix time since when what *run* left is being removed; None if it is not."""
     return next((float(tag.removeprefix(REMOVING)) for tag in run.tags if tag.startswith(REMOVING)), None)
+
+
+def _goes_on(run: FlowRun, blocks: Mapping[str, ComputeEnvironment]) -> bool:
+    """Whether *run* has crashed, to Prefect, and is about to be put back into the queue."""
+    block = blocks.get(run.parameters["summary"]["environments"][0])
+    return (
+        told_as_crashed(run.state)
+        and run.state is not None
+        and block is not None
+        and block.work_pool_type != OWN_TYPE
+        and (datetime.now(UTC) - run.state.timestamp).total_seconds() < CRASH_SECONDS
+    )
 
 
 def _unmarked(run: FlowRun) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from itertools import zip_longest
 from typing import Any, Final
 
 from prefect.client.schemas.objects import State, StateType, TaskRun
@@ -82,6 +83,24 @@ def end_of_taken_out(state: State[Any]) -> State[None]:
     if state.message == STOPPED_IN_QUEUE:
         return State(type=StateType.CANCELLED, message=STOPPED_IN_QUEUE)
     return expired_in_queue("its turn did not come in time; restart it to queue it again")
+
+
+LOST: Final = "nobody ran it any more"
+DIED: Final = "its process ended unexpectedly"
+"""What the message of a state begins with in which a run that was lost goes back into the queue, or ends at last."""
+
+
+def told_as_crashed(state: State[Any] | None) -> bool:
+    """
+    Whether it is Prefect's own worker or runner that has told of a crash. That ends no job by itself: whoever looks
+    after the work pool puts the job back into the queue, or ends it in a state of its own (``flows.upkeep``).
+    """
+    return state is not None and state.type is StateType.CRASHED and not (state.message or "").startswith((LOST, DIED))
+
+
+def going_on(crash: State[Any]) -> State[Any]:
+    """The state a run is about to get after a *crash* that was told; with the id and the time of that."""
+    return crash.model_copy(update={"type": StateType.SCHEDULED, "name": "AwaitingRetry", "data": None})
 
 
 def queued_at(state: State[Any] | None) -> datetime | None:
@@ -255,13 +274,17 @@ def history(states: Iterable[State[Any]], task_runs: Iterable[TaskRun]) -> list[
     """
     What a flow run that was begun several times went through, from all *states* it has had and all its *task_runs*.
 
-    Every try begins with waiting; one that was restarted also ended before.
+    Every try begins with waiting; one that was restarted also ended before. A crash after which the run went on by
+    itself was no end.
     """
     runs = list(task_runs)
     found: list[Transition] = []
     before = tries = 0  # begun before the last restart, and now
     waits = False
-    for state in sorted(states, key=lambda state: state.timestamp):
+    passed = sorted(states, key=lambda state: state.timestamp)
+    for state, after in zip_longest(passed, passed[1:]):
+        if told_as_crashed(state) and after is not None and after.name == "AwaitingRetry":
+            continue
         if state.type is StateType.SCHEDULED and not waits:
             found.append(Transition(Status.WARMING_UP, state.timestamp))
             waits = True

@@ -685,7 +685,8 @@ class Proposer(StateProposer):
         self._attempt = attempt
 
     async def propose_crashed(self, flow_run: FlowRun, message: str) -> State[Any] | None:
-        from flows.reconcile import DIED, give_up  # noqa: PLC0415 - nothing for a fork server
+        from flows.reconcile import give_up  # noqa: PLC0415 - nothing for a fork server
+        from flows.states import DIED  # noqa: PLC0415
 
         if self._attempt is not None and self._attempt.left:
             return None

@@ -1,0 +1,347 @@
+"""Deploying: the image, pools of Prefect's own workers and who looks after them, and the manifests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from blocks.runner import Image
+from cli.service import ROOT, Part, Service
+from tests.docker_engine import IMAGE, Engine
+from tests.documents import stage
+from tests.product_image import PRODUCT, USER, build_product
+from tests.runner_bench import eventually
+from tests.test_end_to_end import Consumer, workflow
+
+POOL: Final = "c2d-docker"
+COMPLETED: Final = 70
+STOPPED: Final = 7
+
+WRITES: Final = "import os\nopen(os.environ['OUTPUTS'] + '/n.txt', 'w').write('made')\n"
+SLEEPS: Final = "import time\nprint('begun', flush=True)\ntime.sleep({})\n" + WRITES
+
+
+# The image.
+
+
+@pytest.fixture(scope="session")
+def product(engine: Engine) -> Image:
+    """The service's own image on the engine of the tests."""
+    build_product(engine)
+    return PRODUCT
+
+
+def said(engine: Engine, image: Image, *command: str, **more: Any) -> str:
+    """What *command* prints in a container of *image*, both outputs."""
+    answer = engine.client.containers.run(
+        image.reference, list(command), remove=True, network_mode="none", stderr=True, **more
+    )
+    return bytes(answer).decode()
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_the_image_has_what_the_lock_file_names(engine: Engine, product: Image) -> None:
+    """Each package in the version of uv.lock, and beside them this project and nothing."""
+    script = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()), sep='\\n')"
+    there = {line.lower().replace("_", "-") for line in said(engine, product, "python", "-c", script).splitlines()}
+    uv = shutil.which("uv", path=f"{ROOT}/.bootstrap/bin:{os.environ['PATH']}")
+    assert uv
+    export = [uv, "export", "--frozen", "--quiet", "--no-dev", "--no-emit-project", "--no-hashes"]
+    told = subprocess.run(export, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    named = {
+        match[1].lower().replace("_", "-").replace(".", "-"): bool(match[2])
+        for match in re.finditer(r"^([\w.\-]+==[^ ;\n]+)( ;.*)?$", told, re.MULTILINE)
+    }
+    there = {one.replace(".", "-") for one in there}
+    ours = {one for one in there if one.startswith("compute-to-data==")}
+    assert 1 == len(ours)
+    assert there - ours <= named.keys()
+    # What a marker leaves out on this Python need not be there.
+    assert {name for name, conditional in named.items() if not conditional} <= there
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_the_image_has_no_more_than_it_needs(engine: Engine, product: Image) -> None:
+    """An ordinary user, a shell, no pip, no wheels left, and a health check."""
+    assert [str(USER), str(USER)] == said(
+        engine, product, "python", "-c", "import os; print(os.getuid(), os.getgid())"
+    ).split()
+    assert "here" == said(engine, product, "/bin/sh", "-c", "echo here").strip()
+    found = said(engine, product, "python", "-c", "import os, importlib.util as u; print(u.find_spec('pip'), os.path.exists('/wheels'))")
+    assert ["None", "False"] == found.split()
+    assert "C2D_HEALTH_URL" in " ".join(engine.client.images.get(product.reference).attrs["Config"]["Healthcheck"]["Test"])
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["c2d", "--help"], "upkeep"),
+        (["c2d", "plan", "--help"], "environments"),
+        (["prefect", "work-pool", "get-default-base-job-template", "--type", "warm-process"], "job_configuration"),
+        (["prefect", "--version"], "3.8.8"),
+    ],
+    ids=["c2d", "plan", "worker type", "prefect"],
+)
+def test_the_commands_of_the_image(engine: Engine, product: Image, command: list[str], words: str) -> None:
+    """They start, with a root that cannot be written to and without a capability."""
+    text = said(
+        engine,
+        product,
+        *command,
+        read_only=True,
+        tmpfs={"/tmp": "mode=1777"},
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges:true"],
+        environment={"COLUMNS": "300"},
+    )
+    assert words in text
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_the_api_of_the_image_says_what_it_lacks(engine: Engine, product: Image) -> None:
+    """Without a key and a database for nonces it ends at once and names both variables."""
+    container = engine.client.containers.create(product.reference, network_mode="none")
+    try:
+        container.start()
+        assert 2 == container.wait(timeout=60)["StatusCode"]
+        text = container.logs().decode()
+        assert "C2D_KEY_FILE" in text and "C2D_NONCE_DATABASE" in text
+    finally:
+        container.remove(force=True)
+
+
+# A pool of Prefect's own Docker worker.
+
+
+@dataclass
+class Programs:
+    """Programs beside a service, each with a log; ended when this is left."""
+
+    service: Service
+    variables: Mapping[str, str]
+    folder: Path
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def start(self, name: str, *command: str) -> Part:
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=ROOT,
+                env={**self.service.environment(), **self.variables},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.parts[name] = Part(name, process, log)
+        return self.parts[name]
+
+    def end(self) -> None:
+        for part in self.parts.values():
+            part.stop()
+
+
+@dataclass(frozen=True)
+class DockerPool:
+    """A service whose environment ``docker`` is served by Prefect's Docker worker."""
+
+    service: Service
+    programs: Programs
+    engine: Engine
+    state: Path
+    consumer: Consumer
+
+    def start_worker(self) -> Part:
+        worker = ("worker", "start", "--pool", POOL, "--type", "docker", "--name", "of-the-tests")
+        return self.programs.start("worker", "prefect", *worker)
+
+    def flows(self) -> list[str]:
+        """Ids of the containers that run flows."""
+        found = self.engine.client.api.containers(filters={"label": "io.prefect.flow-run-id"})
+        return [str(container["Id"]) for container in found]
+
+    def algorithms(self) -> list[str]:
+        return [name for name in self.engine.containers() if name.startswith("c2d-")]
+
+    def submit(self, seconds: float = 0.0) -> str:
+        container = {"image": IMAGE.name, "tag": IMAGE.tag, "entrypoint": "python3 $ALGO"}
+        algorithm = {"rawcode": SLEEPS.format(seconds), "container": container}
+        return self.consumer.submit(workflow(stages=[stage(algorithm=algorithm, environment="docker")]))
+
+    def submit_running(self, seconds: float) -> str:
+        """A job whose algorithm runs."""
+        job_id = self.submit(seconds)
+        assert eventually(lambda: f"c2d-{job_id}-0" in self.engine.containers(), 90), self.consumer.job(job_id)
+        return job_id
+
+
+def definitions(folder: Path, engine: Engine, state: Path) -> Path:
+    """deploy/docker/prefect.yaml for this engine: what an operator sets for his machine, and small limits."""
+    document = yaml.safe_load((ROOT / "deploy" / "docker" / "prefect.yaml").read_text())
+    (environment,) = document["definitions"]["environments"]
+    environment["offer"] |= {"max_jobs": 4, "limits": {"seconds": 60, "memory_bytes": 2**28, "disk_bytes": 2**26}}
+    environment |= {"workspace": str(state / "work"), "results": (state / "store").as_uri()}
+    machine = {
+        "image": PRODUCT.reference,
+        "groups": [str((engine.folder / "docker.sock").stat().st_gid)],
+        "volumes": [
+            f"{engine.folder}/docker.sock:/var/run/docker.sock",
+            f"{state}:{state}",
+            f"{state}/key:/run/secrets/c2d-key:ro",
+        ],
+    }
+    for deployment in document["deployments"]:
+        deployment["work_pool"]["job_variables"] = machine
+        deployment.pop("schedules", None)
+    path = folder / "prefect.yaml"
+    path.write_text(yaml.safe_dump(document))
+    shutil.copy(ROOT / "deploy" / "docker" / "base-job-template.json", folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def docker_pool(tmp_path_factory: pytest.TempPathFactory, engine: Engine, product: Image) -> Iterator[DockerPool]:
+    folder = tmp_path_factory.mktemp("docker-pool")
+    with ExitStack() as stack:
+        # A folder as /var/lib/c2d of a machine is, whose parents everybody may pass.
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="c2d-state-")))
+        service = stack.enter_context(
+            Service(
+                state=folder / "state",
+                definitions=definitions(folder, engine, state),
+                variables={"DOCKER_HOST": engine.host},
+            )
+        )
+        shutil.copy(service.state / "key", state / "key")
+        for path in (state, state / "key"):
+            os.chown(path, USER, USER)
+        programs = Programs(service, {}, folder)
+        stack.callback(programs.end)
+        http = stack.enter_context(httpx.Client(base_url=service.api_url, timeout=60.0))
+        pool = DockerPool(service, programs, engine, state, Consumer(http))
+        pool.start_worker()
+        programs.start("upkeep", "cli.main", "upkeep", "--pool", POOL)
+        yield pool
+
+
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_a_flow_in_a_container_of_its_own(docker_pool: DockerPool) -> None:
+    """The job completes; its flow ran without root, capabilities or a root that can be written to."""
+    job_id = docker_pool.submit_running(3)
+    (flow,) = docker_pool.flows()
+    found = docker_pool.engine.client.api.inspect_container(flow)
+    host, config = found["HostConfig"], found["Config"]
+    assert f"{USER}:{USER}" == config["User"]
+    assert (True, ["ALL"], False) == (host["ReadonlyRootfs"], host["CapDrop"], host["Privileged"])
+    assert "no-new-privileges:true" in host["SecurityOpt"]
+    key = (docker_pool.state / "key").read_text().strip()
+    assert key not in json.dumps(found)
+    job = docker_pool.consumer.wait(job_id)
+    assert COMPLETED == job["status"], job["reason"]
+    assert b"made" == docker_pool.consumer.read(job, "n.txt")
+    assert eventually(lambda: not docker_pool.engine.containers(), 30)
+    assert eventually(lambda: not (docker_pool.state / "work" / job_id).exists(), 10)
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_a_flow_whose_container_is_killed_goes_on(docker_pool: DockerPool) -> None:
+    """
+    SIGKILL of all that runs in the flow's container: at no moment the job seems to have ended, its algorithm is not
+    left running, and it completes.
+    """
+    job_id = docker_pool.submit_running(8)
+    (flow,) = docker_pool.flows()
+    (algorithm,) = docker_pool.algorithms()
+    before = docker_pool.engine.client.api.inspect_container(algorithm)["Id"]
+    docker_pool.engine.client.api.kill(flow, "SIGKILL")
+    again = docker_pool.consumer.wait(job_id, lambda job: job["status"] == 1 or job["dateFinished"] is not None)
+    assert (1, None) == (again["status"], again["dateFinished"]), again
+    job = docker_pool.consumer.wait(job_id)
+    assert COMPLETED == job["status"], job["reason"]
+    # Nothing of the algorithm's outputs is of the first try.
+    assert b"made" == docker_pool.consumer.read(job, "n.txt")
+    assert 2 == [passed["status"] for passed in job["history"]].count(40)
+    assert before not in [c["Id"] for c in docker_pool.engine.client.api.containers(all=True)]
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_a_flow_whose_process_is_killed_goes_on(docker_pool: DockerPool) -> None:
+    """Prefect's runner in the container tells of a crash, which ends no job."""
+    job_id = docker_pool.submit_running(8)
+    (flow,) = docker_pool.flows()
+    top = docker_pool.engine.client.api.top(flow, ps_args="-eo pid,args")
+    (engine,) = [int(pid) for pid, args in top["Processes"] if "prefect.engine" in args or "prefect.flow_engine" in args]
+    os.kill(engine, 9)
+    ended: list[dict[str, Any]] = []
+
+    def over(job: dict[str, Any]) -> bool:
+        ended.extend([job] if job["dateFinished"] is not None else [])
+        return job["status"] == COMPLETED
+
+    job = docker_pool.consumer.wait(job_id, over)
+    assert [job] == ended
+    assert 2 == [passed["status"] for passed in job["history"]].count(40)
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_a_flow_that_nobody_tells_of_is_found(docker_pool: DockerPool) -> None:
+    """The worker is killed and then the flow's container, as with their machine: the job goes on and completes."""
+    job_id = docker_pool.submit_running(5)
+    docker_pool.programs.parts["worker"].process.kill()
+    (flow,) = docker_pool.flows()
+    docker_pool.engine.client.api.kill(flow, "SIGKILL")
+    docker_pool.start_worker()
+    job = docker_pool.consumer.wait(job_id)
+    assert COMPLETED == job["status"], job["reason"]
+    assert 2 == [passed["status"] for passed in job["history"]].count(40)
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_a_stop_reaches_a_flow_in_a_container(docker_pool: DockerPool) -> None:
+    """The algorithm is gone within seconds and the job has stopped; deleted, nothing of it is left."""
+    job_id = docker_pool.submit_running(55)
+    began = time.monotonic()
+    answer = docker_pool.consumer.http.put("/api/v1/operator/compute", params={"jobId": job_id})
+    assert answer.is_success, answer.text
+    took = time.monotonic() - began
+    assert [] == docker_pool.algorithms()
+    job = docker_pool.consumer.wait(job_id)
+    assert STOPPED == job["status"], job["reason"]
+    assert took < 15
+    print(f"stopped within {took:.1f} s")
+    deleted = docker_pool.consumer.http.delete("/api/v1/operator/compute", params={"jobId": job_id})
+    assert deleted.is_success, deleted.text
+    assert eventually(lambda: not docker_pool.engine.containers(), 30)
+    assert not (docker_pool.state / "work" / job_id).exists()
+    assert not list((docker_pool.state / "store").rglob(f"*{job_id}*"))
+    assert 404 == docker_pool.consumer.http.get("/api/v1/operator/compute", params={"jobId": job_id}).status_code
