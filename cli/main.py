@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import anyio
 import httpx
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -169,13 +172,19 @@ def upkeep(*, pool: str) -> int:
     from flows.upkeep import CannotKeepUp, keep_up  # noqa: PLC0415
 
     try:
-        asyncio.run(keep_up(pool, get_logger("upkeep")))
+        asyncio.run(_until_interrupted(keep_up(pool, get_logger("upkeep"))))
     except CannotKeepUp as problem:
         _failed(str(problem))
         return 1
-    except KeyboardInterrupt:
-        return 0
     return 0
+
+
+async def _until_interrupted(work: Coroutine[Any, Any, None]) -> None:
+    """An exception that a signal raises somewhere in a program of many tasks would be told as a failure of one."""
+    with anyio.CancelScope() as scope:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, scope.cancel)
+        await work
 
 
 async def _offered(catalogue: LocalCatalogue) -> tuple[tuple[LocalAsset, ...], tuple[Problem, ...]]:

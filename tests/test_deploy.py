@@ -148,7 +148,7 @@ class Programs:
         log = self.folder / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [Path(sys.executable).with_name(command[0]), *command[1:]],
                 cwd=ROOT,
                 env={**self.service.environment(), **self.variables},
                 stdin=subprocess.DEVNULL,
@@ -243,7 +243,7 @@ def docker_pool(tmp_path_factory: pytest.TempPathFactory, engine: Engine, produc
         http = stack.enter_context(httpx.Client(base_url=service.api_url, timeout=60.0))
         pool = DockerPool(service, programs, engine, state, Consumer(http))
         pool.start_worker()
-        programs.start("upkeep", "cli.main", "upkeep", "--pool", POOL)
+        programs.start("upkeep", "c2d", "upkeep", "--pool", POOL)
         yield pool
 
 
