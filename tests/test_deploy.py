@@ -10,20 +10,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import psutil
 import pytest
 import yaml
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from blocks.environment import load_environments_sync
 from blocks.runner import Image
 from cli.service import ROOT, Part, Service
+from flows.environments import register_from
+from tests.conftest import PrefectServer
 from tests.docker_engine import IMAGE, Engine
 from tests.documents import stage
 from tests.product_image import PRODUCT, USER, build_product
@@ -86,9 +91,17 @@ def test_the_image_has_no_more_than_it_needs(engine: Engine, product: Image) -> 
         engine, product, "python", "-c", "import os; print(os.getuid(), os.getgid())"
     ).split()
     assert "here" == said(engine, product, "/bin/sh", "-c", "echo here").strip()
-    found = said(engine, product, "python", "-c", "import os, importlib.util as u; print(u.find_spec('pip'), os.path.exists('/wheels'))")
+    found = said(
+        engine,
+        product,
+        "python",
+        "-c",
+        "import os, importlib.util as u; print(u.find_spec('pip'), os.path.exists('/wheels'))",
+    )
     assert ["None", "False"] == found.split()
-    assert "C2D_HEALTH_URL" in " ".join(engine.client.images.get(product.reference).attrs["Config"]["Healthcheck"]["Test"])
+    assert "C2D_HEALTH_URL" in " ".join(
+        engine.client.images.get(product.reference).attrs["Config"]["Healthcheck"]["Test"]
+    )
 
 
 @pytest.mark.docker
@@ -247,8 +260,6 @@ def docker_pool(tmp_path_factory: pytest.TempPathFactory, engine: Engine, produc
         yield pool
 
 
-
-
 @pytest.mark.docker
 @pytest.mark.slow
 def test_a_flow_in_a_container_of_its_own(docker_pool: DockerPool) -> None:
@@ -291,15 +302,22 @@ def test_a_flow_whose_container_is_killed_goes_on(docker_pool: DockerPool) -> No
     assert before not in [c["Id"] for c in docker_pool.engine.client.api.containers(all=True)]
 
 
+def _forked(process: psutil.Process) -> bool:
+    """Whether it is a run: the only process that looks like the one that it was forked from."""
+    parent = process.parent()
+    return parent is not None and process.cmdline() == parent.cmdline() != []
+
+
 @pytest.mark.docker
 @pytest.mark.slow
 def test_a_flow_whose_process_is_killed_goes_on(docker_pool: DockerPool) -> None:
-    """Prefect's runner in the container tells of a crash, which ends no job."""
+    """What watches over it in the container puts the job back into the queue, and the worker notices nothing."""
     job_id = docker_pool.submit_running(8)
     (flow,) = docker_pool.flows()
-    top = docker_pool.engine.client.api.top(flow, ps_args="-eo pid,args")
-    (engine,) = [int(pid) for pid, args in top["Processes"] if "prefect.engine" in args or "prefect.flow_engine" in args]
-    os.kill(engine, 9)
+    inside = {int(row[0]) for row in docker_pool.engine.client.api.top(flow, ps_args="-eo pid")["Processes"]}
+    forks = [psutil.Process(pid) for pid in inside if _forked(psutil.Process(pid))]
+    (run,) = forks
+    run.kill()
     ended: list[dict[str, Any]] = []
 
     def over(job: dict[str, Any]) -> bool:
@@ -345,3 +363,101 @@ def test_a_stop_reaches_a_flow_in_a_container(docker_pool: DockerPool) -> None:
     assert not (docker_pool.state / "work" / job_id).exists()
     assert not list((docker_pool.state / "store").rglob(f"*{job_id}*"))
     assert 404 == docker_pool.consumer.http.get("/api/v1/operator/compute", params={"jobId": job_id}).status_code
+
+
+# What is deployed.
+
+
+KINDS: Final = {
+    "compose": ("c2d", "warm-process", "docker"),
+    "docker": ("c2d-docker", "docker", "docker"),
+    "kubernetes": ("c2d-kubernetes", "kubernetes", "kubernetes"),
+}
+"""By folder of deploy/: work pool, its type, environment."""
+
+
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_each_kind_of_pool_is_deployed(prefect_server: PrefectServer, kind: str) -> None:
+    """One command on a server that knows nothing of it: pool and template, queue and limit, deployments, variables."""
+    pool, pool_type, environment = KINDS[kind]
+    file = ROOT / "deploy" / kind / "prefect.yaml"
+    variables = {
+        "PREFECT_API_URL": prefect_server.api,
+        "C2D_DEFINITIONS": str(file),
+        "C2D_IMAGE": "registry.example.org/c2d:7",
+        "C2D_DOCKER_GROUP": "4711",
+    }
+    subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file],
+        env={**os.environ, **variables},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=180,
+    )
+    document = yaml.safe_load(file.read_text())
+    with temporary_settings({PREFECT_API_URL: prefect_server.api}), get_client(sync_client=True) as client:
+        made = client.read_work_pool(pool)
+        assert pool_type == made.type
+        template = file.parent / "base-job-template.json"
+        if template.exists():
+            assert json.loads(template.read_text()) == made.base_job_template
+        (offered,) = document["definitions"]["environments"]
+        block = load_environments_sync(client)[environment]
+        queue = client.read_work_queue_by_name(environment, work_pool_name=pool)
+        assert (offered["offer"]["max_jobs"], pool) == (queue.concurrency_limit, block.work_pool)
+        for flow, name, into in (
+            ("register-environments", document["deployments"][0]["name"], "_upkeep"),
+            ("compute", environment, environment),
+            ("expire", pool, "_upkeep"),
+        ):
+            deployment = client.read_deployment_by_name(f"{flow}/{name}")
+            assert (pool, into) == (deployment.work_pool_name, deployment.work_queue_name)
+            wanted = {
+                "compose": {},
+                "docker": {"image": "registry.example.org/c2d:7", "groups": ["4711"]},
+                "kubernetes": {"image": "registry.example.org/c2d:7"},
+            }[kind]
+            assert wanted == deployment.job_variables
+            assert bool(deployment.schedules) == (flow == "expire")
+            client.delete_deployment(deployment.id)
+        with suppress(ObjectNotFound):
+            client.delete_work_pool(pool)
+        for saved in client.read_block_documents_by_type("compute-environment"):
+            if saved.name == environment:
+                client.delete_block_document(saved.id)
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_a_template_is_one_that_prefect_accepts(kind: str) -> None:
+    """Each name in braces is a variable that has a default or may be left out, and none is described for nothing."""
+    template = json.loads((ROOT / "deploy" / kind / "base-job-template.json").read_text())
+    used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(template["job_configuration"])))
+    properties = template["variables"]["properties"]
+    assert used == properties.keys()
+    assert {name for name, told in properties.items() if told.get("default") is None} <= {
+        "labels",
+        "name",
+        "network_mode",
+    }
+
+
+def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:
+    """The sentence names the file; nothing has been asked of a server by then."""
+    for text, words in ((None, "cannot be read as JSON"), ("{", "cannot be read as JSON"), ("[]", "is no base job")):
+        environment = {
+            "offer": {"id": "x"},
+            "work_pool": "x",
+            "work_pool_type": "docker",
+            "work_pool_template": "t.json",
+        }
+        (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"definitions": {"environments": [environment]}}))
+        if text is not None:
+            (tmp_path / "t.json").write_text(text)
+        with (
+            temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}),
+            pytest.raises(ValueError, match=rf"t\.json.*{words}"),
+        ):
+            register_from(tmp_path / "prefect.yaml")
