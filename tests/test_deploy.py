@@ -28,6 +28,7 @@ from blocks.environment import load_environments_sync
 from blocks.runner import Image
 from cli.service import ROOT, Part, Service
 from flows.environments import register_from
+from flows.prefect_jobs import STOP_DEADLINE
 from tests.conftest import PrefectServer
 from tests.docker_engine import IMAGE, Engine
 from tests.documents import stage
@@ -355,14 +356,14 @@ def test_a_stop_reaches_a_flow_in_a_container(docker_pool: DockerPool) -> None:
     assert [] == docker_pool.algorithms()
     job = docker_pool.consumer.wait(job_id)
     assert STOPPED == job["status"], job["reason"]
-    assert took < 15
-    print(f"stopped within {took:.1f} s")
+    # It is the end of the run that the answer waits for, not the end of its patience.
+    assert took < STOP_DEADLINE
     deleted = docker_pool.consumer.http.delete("/api/v1/operator/compute", params={"jobId": job_id})
     assert deleted.is_success, deleted.text
     assert eventually(lambda: not docker_pool.engine.containers(), 30)
     assert not (docker_pool.state / "work" / job_id).exists()
     assert not list((docker_pool.state / "store").rglob(f"*{job_id}*"))
-    assert 404 == docker_pool.consumer.http.get("/api/v1/operator/compute", params={"jobId": job_id}).status_code
+    assert [] == docker_pool.consumer.http.get("/api/v1/operator/compute", params={"jobId": job_id}).json()
 
 
 # What is deployed.
