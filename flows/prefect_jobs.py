@@ -587,7 +587,7 @@ class PrefectJobs(Jobs):
                     await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE))
                     return
             elif run.state.is_final():
-                if _goes_on(run, await self._blocks()):
+                if goes_on(run, await self._blocks()):
                     await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE), force=True)
                 return
             await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
@@ -829,7 +829,7 @@ class PrefectJobs(Jobs):
         crashed = any(told_as_crashed(run.state) for run in runs)
         blocks = await self._blocks() if crashed else {}
         return [
-            run.model_copy(update={"state": going_on(run.state)}) if run.state and _goes_on(run, blocks) else run
+            run.model_copy(update={"state": going_on(run.state)}) if run.state and goes_on(run, blocks) else run
             for run in runs
         ]
 
@@ -1000,7 +1000,7 @@ def _removal(run: FlowRun) -> float | None:
     return next((float(tag.removeprefix(REMOVING)) for tag in run.tags if tag.startswith(REMOVING)), None)
 
 
-def _goes_on(run: FlowRun, blocks: Mapping[str, ComputeEnvironment]) -> bool:
+def goes_on(run: FlowRun, blocks: Mapping[str, ComputeEnvironment]) -> bool:
     """Whether *run* has crashed, to Prefect, and is about to be put back into the queue."""
     block = blocks.get(run.parameters["summary"]["environments"][0])
     return (

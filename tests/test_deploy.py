@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from cryptography.fernet import Fernet
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -32,6 +33,7 @@ from flows.prefect_jobs import STOP_DEADLINE
 from tests.conftest import PrefectServer
 from tests.docker_engine import IMAGE, Engine
 from tests.documents import stage
+from tests.kubernetes_cluster import Cluster
 from tests.product_image import PRODUCT, USER, build_product
 from tests.runner_bench import eventually
 from tests.test_end_to_end import Consumer, workflow
@@ -462,3 +464,122 @@ def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:
             pytest.raises(ValueError, match=rf"t\.json.*{words}"),
         ):
             register_from(tmp_path / "prefect.yaml")
+
+
+# Compose.
+
+
+SET: Final = {
+    "PREFECT_AUTH": "c2d:one",
+    "PREFECT_ENCRYPTION_KEY": "two",
+    "POSTGRES_PASSWORD": "three",
+    "DOCKER_GROUP": "4711",
+    "C2D_PROVIDERS": "0x" + "1" * 40,
+    "C2D_PUBLIC_URL": "https://compute.example.org/",
+}
+
+
+def composed(**variables: str) -> subprocess.CompletedProcess[str]:
+    """deploy/compose.yaml as Compose understands it."""
+    return subprocess.run(
+        ["docker-compose", "--file", ROOT / "deploy" / "compose.yaml", "--env-file", "/dev/null", "config"],
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.docker
+def test_compose_reads_its_file() -> None:
+    """Every service is restarted, limited and has no capability to spare; ours are read-only and not root."""
+    done = composed(**SET)
+    assert 0 == done.returncode, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    assert {"postgres", "prefect-server", "definitions", "api", "worker"} == services.keys()
+    for name, service in services.items():
+        assert service["restart"] in ("unless-stopped", "on-failure"), name
+        assert (["ALL"], ["no-new-privileges:true"]) == (service["cap_drop"], service["security_opt"]), name
+        assert service["mem_limit"] and service["pids_limit"] and "privileged" not in service, name
+        if name != "postgres":
+            assert ("10001:10001", True) == (service["user"], service["read_only"]), name
+        for port in service.get("ports", ()):
+            assert str(port).startswith("127.0.0.1:"), name
+    # The engine is the worker's alone.
+    assert ["worker"] == [name for name, service in services.items() if "docker.sock" in str(service.get("volumes"))]
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("name", sorted(SET))
+def test_compose_has_no_password_of_its_own(name: str) -> None:
+    """Without a value for any of these it starts nothing and says which one is missing."""
+    done = composed(**{other: value for other, value in SET.items() if other != name})
+    assert 0 != done.returncode
+    assert name in done.stderr
+
+
+# The manifests.
+
+
+@pytest.fixture
+def manifests(tmp_path: Path) -> Path:
+    """deploy/kubernetes with secrets of its own."""
+    folder = tmp_path / "kubernetes"
+    shutil.copytree(ROOT / "deploy" / "kubernetes", folder)
+    subprocess.run([folder / "make-secrets"], check=True, timeout=30)
+    return folder
+
+
+def test_secrets_are_made_once(manifests: Path) -> None:
+    """Three files for their owner alone, with values of their own; what is there already stays as it is."""
+    names = ("key", "prefect.env", "secrets.env")
+    before = {name: (manifests / name).read_text() for name in names}
+    assert all(0o600 == (manifests / name).stat().st_mode & 0o777 for name in names)
+    Fernet(before["key"].strip())
+    Fernet(re.findall(r"^PREFECT_SERVER_ENCRYPTION_KEY=(.+)$", before["secrets.env"], re.MULTILINE)[0])
+    (login,) = re.findall(r"^PREFECT_API_AUTH_STRING=(.+)$", before["prefect.env"], re.MULTILINE)
+    assert f"PREFECT_SERVER_API_AUTH_STRING={login}\n" in before["secrets.env"] and len(login) > 30
+    subprocess.run([manifests / "make-secrets"], check=True, timeout=30)
+    assert before == {name: (manifests / name).read_text() for name in names}
+
+
+@pytest.mark.kubernetes
+@pytest.mark.slow
+def test_a_cluster_accepts_the_manifests(cluster: Cluster, manifests: Path) -> None:
+    """All of them, by its own validation; every pod is one that the strictest of its policies lets in."""
+    for part in ("service", "algorithms"):
+        cluster.kubectl("apply", "-f", str(manifests / part / "namespace.yaml"))
+    told = cluster.kubectl("apply", "-k", str(manifests), "--dry-run=server", "-o", "json")
+    items = json.loads(told)["items"]
+    kinds = {item["kind"] for item in items}
+    assert {"Deployment", "Job", "Service", "Secret", "Role", "NetworkPolicy", "PersistentVolumeClaim"} <= kinds
+    for item in items:
+        if item["kind"] in ("Deployment", "Job"):
+            unshut = unrestricted(item["spec"]["template"]["spec"])
+            assert not unshut, (item["metadata"]["name"], unshut)
+
+
+def test_the_pod_of_a_flow_is_shut_in() -> None:
+    """As those of the manifests: no root, no privilege, nothing to write to but its volumes."""
+    template = json.loads((ROOT / "deploy" / "kubernetes" / "base-job-template.json").read_text())
+    spec = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    assert not unrestricted(spec)
+    assert "C2D_KEY" not in json.dumps(template["variables"]["properties"]["env"]["default"]).replace(
+        "C2D_KEY_FILE", ""
+    )
+
+
+def unrestricted(pod: Mapping[str, Any]) -> list[str]:
+    """What of the policy `restricted` does not hold for a pod, and what of ours."""
+    whole = pod["securityContext"]
+    missing = [] if whole.get("runAsNonRoot") is True and whole.get("runAsUser") == USER else ["runAsNonRoot"]
+    missing += [] if whole.get("seccompProfile") == {"type": "RuntimeDefault"} else ["seccompProfile"]
+    missing += [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    for container in pod["containers"]:
+        own = container["securityContext"]
+        missing += [] if own.get("allowPrivilegeEscalation") is False else ["allowPrivilegeEscalation"]
+        missing += [] if own.get("readOnlyRootFilesystem") is True else ["readOnlyRootFilesystem"]
+        missing += [] if own.get("capabilities") == {"drop": ["ALL"]} else ["capabilities"]
+        missing += [] if "memory" in container["resources"]["limits"] else ["limits"]
+    return missing

@@ -1,4 +1,4 @@
-"""Looking after pools of Prefect's own workers, over a real Prefect server: what is lost, what crashed, what neither."""
+"""Looking after pools of Prefect's own workers, over a real server: what is lost, what crashed, what neither."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prefect.states import AwaitingRetry, Cancelling, Completed, Crashed, Pendin
 
 from blocks.environment import load_environments
 from flows.jobs import JobQuery
-from flows.prefect_jobs import CRASH_SECONDS, DELETING
+from flows.prefect_jobs import CRASH_SECONDS, DELETING, goes_on
 from flows.reconcile import MOST_RESUMES, resumes
 from flows.states import DIED, LOST, STOPPED_IN_QUEUE, told_as_crashed
 from flows.status import Status
@@ -130,7 +130,7 @@ async def test_a_stop_whose_process_is_gone_is_finished(world: World) -> None:
 
 @pytest.mark.server
 async def test_a_run_without_a_folder_here_is_judged_by_its_heartbeats(world: World) -> None:
-    """One that never reported is left alone; one that did and fell silent is lost, once the server was there for long."""
+    """One that never reported is left alone; one that fell silent is lost, once the server was there long."""
     never, silent, well = [await world.claim(by=WORKER) for _ in range(3)]
     async with get_events_client() as events:
         for run_id, ago in ((silent, 20.0), (well, -60.0)):
@@ -190,12 +190,15 @@ async def test_a_job_that_crashes_again_and_again_ends(world: World) -> None:
 
 @pytest.mark.server
 async def test_a_crash_that_nobody_takes_up_is_an_end(world: World) -> None:
-    """After a minute the job has failed; whoever looks after the pool later lets it be."""
-    run_id = await world.claim(by=WORKER)
-    ago = datetime.now(UTC) - timedelta(seconds=CRASH_SECONDS + 1)
-    await world.client.set_flow_run_state(run_id, Crashed(message=EXIT, timestamp=ago), force=True)
-    (job,) = await world.jobs.find(JobQuery(job_id=run_id.hex))
-    assert job.ended and job.status is Status.RUN_FAILED
+    """A minute after it the job has ended; on a pool of our own type, and where nothing is known of it, at once."""
+    run = await world.client.read_flow_run(await crash(world))
+    blocks = await load_environments(world.client)
+    assert run.state is not None and goes_on(run, blocks)
+    earlier = run.state.timestamp - timedelta(seconds=CRASH_SECONDS)
+    assert not goes_on(run.model_copy(update={"state": run.state.model_copy(update={"timestamp": earlier})}), blocks)
+    ours = blocks[ENVIRONMENT].model_copy(update={"work_pool_type": "warm-process"})
+    assert not goes_on(run, {ENVIRONMENT: ours})
+    assert not goes_on(run, {})
 
 
 @pytest.mark.server
