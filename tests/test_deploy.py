@@ -27,9 +27,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from blocks.environment import load_environments_sync
 from blocks.runner import Image
-from cli.service import ROOT, Part, Service
+from chaos.parts import Postgres
+from cli.service import ROOT, Part, Service, free_port
 from flows.environments import register_from
 from flows.prefect_jobs import STOP_DEADLINE
+from flows.sealing import create_key_file
 from tests.conftest import PrefectServer
 from tests.docker_engine import IMAGE, Engine
 from tests.documents import stage
@@ -480,15 +482,16 @@ SET: Final = {
 
 
 def composed(**variables: str) -> subprocess.CompletedProcess[str]:
-    """deploy/compose.yaml as Compose understands it."""
-    return subprocess.run(
-        ["docker-compose", "--file", ROOT / "deploy" / "compose.yaml", "--env-file", "/dev/null", "config"],
-        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    """deploy/compose.yaml as Compose understands it, with these variables and no others."""
+    with tempfile.NamedTemporaryFile() as nothing:
+        return subprocess.run(
+            ["docker-compose", "--file", ROOT / "deploy" / "compose.yaml", "--env-file", nothing.name, "config"],
+            env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
 
 
 @pytest.mark.docker
@@ -517,6 +520,122 @@ def test_compose_has_no_password_of_its_own(name: str) -> None:
     done = composed(**{other: value for other, value in SET.items() if other != name})
     assert 0 != done.returncode
     assert name in done.stderr
+
+
+@dataclass
+class Composed:
+    """The services of deploy/compose.yaml, each as a container on the network of this machine."""
+
+    engine: Engine
+    state: Path
+    database: str
+    server: int = field(default_factory=free_port)
+    api: int = field(default_factory=free_port)
+    health: int = field(default_factory=free_port)
+    started: list[Any] = field(default_factory=list)
+
+    def start(self, name: str) -> Any:
+        """As it stands in the file, but for addresses and for where the files of this machine are."""
+        variables = {**SET, "C2D_STATE": str(self.state), "DOCKER_GROUP": str(self._socket.stat().st_gid)}
+        service = yaml.safe_load(composed(**variables).stdout)["services"][name]
+        own = {
+            "prefect-server": {"C2D_HEALTH_URL": f"http://127.0.0.1:{self.server}/api/health"},
+            "api": {"C2D_PORT": f"{self.api}", "C2D_PROVIDERS": "", "C2D_HEALTH_URL": f"{self.url}/health"},
+            "worker": {
+                "PREFECT_WORKER_WEBSERVER_PORT": f"{self.health}",
+                "C2D_HEALTH_URL": f"http://127.0.0.1:{self.health}/health",
+            },
+        }.get(name, {})
+        container = self.engine.client.containers.create(
+            PRODUCT.reference,
+            [self._here(part) for part in service.get("command", ())] or None,
+            environment={key: self._here(value) for key, value in service["environment"].items()} | own,
+            volumes=[self._volume(volume) for volume in service.get("volumes", ())]
+            + ([f"{self.state}/key:/run/secrets/key:ro"] if "secrets" in service else []),
+            network_mode="host",
+            pid_mode=service.get("pid"),
+            group_add=service.get("group_add"),
+            user=service["user"],
+            read_only=service["read_only"],
+            tmpfs=dict(mount.split(":", 1) for mount in service["tmpfs"]),
+            cap_drop=service["cap_drop"],
+            security_opt=service["security_opt"],
+            mem_limit=service["mem_limit"],
+            pids_limit=service["pids_limit"],
+        )
+        self.started.append(container)
+        container.start()
+        return container
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.api}"
+
+    @property
+    def _socket(self) -> Path:
+        return self.engine.folder / "docker.sock"
+
+    def _here(self, text: Any) -> str:
+        text = str(text).replace("prefect-server:4200", f"127.0.0.1:{self.server}").replace("0.0.0.0", "127.0.0.1")
+        return re.sub(r"postgresql\+asyncpg:.*", self.database, re.sub("^4200$", f"{self.server}", text))
+
+    def _volume(self, volume: Any) -> str:
+        text = volume if isinstance(volume, str) else f"{volume['source']}:{volume['target']}"
+        return re.sub("^/var/run/docker.sock:", f"{self._socket}:", text)
+
+    def until_healthy(self, container: Any) -> None:
+        def found() -> str:
+            container.reload()
+            state = container.attrs["State"]
+            assert state["Running"], container.logs().decode()[-3000:]
+            return str(state["Health"]["Status"])
+
+        assert eventually(lambda: found() == "healthy", 180), container.logs().decode()[-3000:]
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(Postgres.obstacle() is not None, reason=str(Postgres.obstacle()))
+def test_the_services_of_compose_run_a_job(engine: Engine, product: Image, tmp_path: Path) -> None:
+    """
+    Server on PostgreSQL, definitions, API and worker, each from the image with what the file says of it: all become
+    healthy, and a job in a container beside the worker completes.
+    """
+    with (
+        Postgres(tmp_path / "postgres.log") as postgres,
+        tempfile.TemporaryDirectory(prefix="c2d-state-") as folder,
+    ):
+        state = Path(folder)
+        (state / "store").mkdir()
+        create_key_file(state / "key")
+        for path in (state, state / "store", state / "key"):
+            os.chown(path, USER, USER)
+        parts = Composed(engine, state, postgres.url)
+        try:
+            parts.until_healthy(parts.start("prefect-server"))
+            definitions = parts.start("definitions")
+            assert 0 == definitions.wait(timeout=180)["StatusCode"], definitions.logs().decode()[-3000:]
+            api, worker = parts.start("api"), parts.start("worker")
+            parts.until_healthy(api)
+            parts.until_healthy(worker)
+            with httpx.Client(base_url=parts.url, timeout=60.0) as http:
+                consumer = Consumer(http)
+                container = {"image": IMAGE.name, "tag": IMAGE.tag, "entrypoint": "python3 $ALGO"}
+                algorithm = {"rawcode": WRITES, "container": container}
+                job = consumer.wait(
+                    consumer.submit(workflow(stages=[stage(algorithm=algorithm, environment="docker")]))
+                )
+                assert COMPLETED == job["status"], job["reason"]
+                (result,) = [result for result in job["results"] if result["filename"] == "n.txt"]
+                # Its link begins with the address that is public.
+                link = str(result["url"]).replace(SET["C2D_PUBLIC_URL"], f"{parts.url}/")
+                assert b"made" == http.get(link).content
+            said = "".join(part.logs().decode() for part in parts.started)
+            assert (state / "key").read_text().strip() not in said and "Traceback" not in said
+        finally:
+            for part in reversed(parts.started):
+                part.remove(force=True, v=True)
 
 
 # The manifests.

@@ -28,7 +28,6 @@ from blocks.store import (
     StoreUnavailable,
     _stored_name,
 )
-from tests.runner_bench import eventually
 from tests.s3_server import s3_server
 
 JOB = "0123456789abcdef" * 2
