@@ -52,6 +52,11 @@ class ComputeEnvironment(Block):
     offer: Offer = Field(description="What consumers see, and the limits every job is held to.")
     work_pool: str = Field(description="The Prefect work pool whose workers run its jobs.")
     work_pool_type: str = Field(default="warm-process", description="Used when the pool has to be made.")
+    work_pool_template: str = Field(
+        default="",
+        description="The same: JSON file of its base job template, relative to the file that defines the environment; "
+        "empty: that of the worker type.",
+    )
     runner: Literal["process", "docker"] = Field(
         default="process",
         description="How an algorithm is shut in: as a sandboxed process, or as a container of a Docker engine.",

@@ -1,13 +1,16 @@
-"""The command line: ``c2d up``, ``c2d demo``, ``c2d demo-chain``, ``c2d plan``, ``c2d catalogue``."""
+"""The command line: ``c2d up``, ``c2d demo``, ``c2d demo-chain``, ``c2d plan``, ``c2d catalogue``, ``c2d upkeep``."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import anyio
 import httpx
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -151,6 +154,37 @@ def catalogue(path: Path | None = None) -> int:
     for problem in problems:
         _failed(f"{problem.file}: {problem.sentence}")
     return 1 if problems else 0
+
+
+@app.command
+def upkeep(*, pool: str) -> int:
+    """Look after a work pool that Prefect's own workers serve, until Ctrl-C; see docs/reliability.md.
+
+    Parameters
+    ----------
+    pool
+        Name of the work pool, of type process, docker or kubernetes. Its server is at $PREFECT_API_URL; the job
+        folders and the key are found by $C2D_STATE and $C2D_KEY_FILE, as by its runs.
+    """
+    # A second that no other command has to wait.
+    from prefect.logging import get_logger  # noqa: PLC0415
+
+    from flows.upkeep import CannotKeepUp, keep_up  # noqa: PLC0415
+
+    try:
+        asyncio.run(_until_interrupted(keep_up(pool, get_logger("upkeep"))))
+    except CannotKeepUp as problem:
+        _failed(str(problem))
+        return 1
+    return 0
+
+
+async def _until_interrupted(work: Coroutine[Any, Any, None]) -> None:
+    """An exception that a signal raises somewhere in a program of many tasks would be told as a failure of one."""
+    with anyio.CancelScope() as scope:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, scope.cancel)
+        await work
 
 
 async def _offered(catalogue: LocalCatalogue) -> tuple[tuple[LocalAsset, ...], tuple[Problem, ...]]:

@@ -202,6 +202,7 @@ def _coordinate(
         _kept(plan, job_id, environments) if since is not None else frozenset(),
         flow_run.run_count,
         withdraw,
+        environments,
     )
     try:
         return coordinator.run()

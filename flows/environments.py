@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -52,12 +53,19 @@ def register_from(path: Path) -> list[str]:
     Register every environment that *path* defines, its work pool, and its queue in that. Safe to repeat.
 
     Returns their ids.
+
+    Raises:
+        ValueError: Two environments want one pool of two kinds, or a template cannot be used.
     """
     environments = read_definitions(path)
-    pools = {environment.work_pool: environment.work_pool_type for environment in environments}
+    pools: dict[str, tuple[str, str]] = {}
+    for environment in environments:
+        wanted = (environment.work_pool_type, environment.work_pool_template)
+        if pools.setdefault(environment.work_pool, wanted) != wanted:
+            raise ValueError(f"environments of the work pool {environment.work_pool} differ in its type or template")
     with get_client(sync_client=True) as client:
-        for name, kind in pools.items():
-            _ensure_pool(client, name, kind)
+        for name, (kind, template) in pools.items():
+            _ensure_pool(client, name, kind, path.parent / template if template else None)
         for name in pools:
             _ensure_queue(client, name, COORDINATORS, MOST_COORDINATORS, keep=True)
         for environment in environments:
@@ -67,12 +75,15 @@ def register_from(path: Path) -> list[str]:
     return [environment.offer.id for environment in environments]
 
 
-def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
-    """Make the pool; in one that is there, what an operator changed stays, a limit of the whole pool among it."""
+def _ensure_pool(client: SyncPrefectClient, name: str, kind: str, template: Path | None) -> None:
+    """
+    Make the pool; in one that is there, what an operator changed stays: a limit of the whole pool, its template.
+    """
+    given = _template_in(template) if template is not None else None
     try:
         client.read_work_pool(name)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=_template(kind)))
+        client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=given or _template(kind)))
 
 
 def _ensure_queue(client: SyncPrefectClient, pool: str, name: str, slots: int, *, keep: bool = False) -> None:
@@ -91,6 +102,22 @@ def _ensure_queue(client: SyncPrefectClient, pool: str, name: str, slots: int, *
     else:
         if not keep or queue.concurrency_limit is None:
             client.update_work_queue(queue.id, concurrency_limit=slots)
+
+
+def _template_in(file: Path) -> dict[str, Any]:
+    """
+    The job template in *file*.
+
+    Raises:
+        ValueError: It is not there or is no template.
+    """
+    try:
+        template = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise ValueError(f"the base job template {file} cannot be read as JSON: {fault}") from None
+    if not isinstance(template, dict) or not {"job_configuration", "variables"} <= template.keys():
+        raise ValueError(f"{file} is no base job template: it has no job_configuration and variables")
+    return template
 
 
 def _template(kind: str) -> dict[str, Any]:

@@ -89,7 +89,9 @@ from flows.stages import FLOW_NAME, counts, is_spread, runs_of_jobs, stage_of
 from flows.states import (
     STOPPED_IN_QUEUE,
     Steps,
+    as_it_goes_on,
     expired_in_queue,
+    goes_on,
     has_begun,
     history,
     is_taken_out,
@@ -103,6 +105,7 @@ from flows.states import (
     steps_of,
     stop_request,
     taken_out_of_the_queue,
+    told_as_crashed,
     transitions,
 )
 from flows.status import BY_TEXT, Phase, Status, status_of
@@ -706,6 +709,8 @@ class PrefectJobs(Jobs):
                     await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE))
                     return
             elif run.state.is_final():
+                if goes_on(run, await self._blocks()):
+                    await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE), force=True)
                 return
             await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
             await self._gone(run_id)
@@ -929,7 +934,7 @@ class PrefectJobs(Jobs):
         return {run_id: max(0, count - 1) for (run_id, _, _), count in zip(asked, before, strict=True)}
 
     async def _jobs_of(self, runs: Sequence[FlowRun]) -> list[Job]:
-        runs = await self._end_overdue(runs)
+        runs = await self._as_they_go_on(await self._end_overdue(runs))
         open_runs = [run for run in runs if _key(run) not in self._ended]
         of_stages = await self._live_stage_runs([run.id for run in open_runs if is_spread(run)])
         with_stages = [*open_runs, *(each for stages in of_stages.values() for each in stages.values())]
@@ -986,11 +991,18 @@ class PrefectJobs(Jobs):
         if not job_ids:
             return {}
         found = await self._stage_runs(job_ids)
-        now = {run.id: run for run in await self._end_overdue([r for runs in found.values() for r in runs.values()])}
+        runs_now = await self._end_overdue([run for runs in found.values() for run in runs.values()])
+        now = {run.id: run for run in await self._as_they_go_on(runs_now)}
         return {
             job_id: {index: now[run.id] for index, run in runs.items() if run.id in now}
             for job_id, runs in found.items()
         }
+
+    async def _as_they_go_on(self, runs: Sequence[FlowRun]) -> list[FlowRun]:
+        """*runs*, those that are about to go on after a crash as they will be in a moment."""
+        crashed = any(told_as_crashed(run.state) for run in runs)
+        blocks = await self._blocks() if crashed else {}
+        return [as_it_goes_on(run, blocks) for run in runs]
 
     async def _steps(self, run_ids: Sequence[UUID]) -> dict[UUID, list[TaskRun]]:
         found: dict[UUID, list[TaskRun]] = {}

@@ -49,14 +49,14 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling, Crashed, Pendin
 from blocks.environment import ComputeEnvironment, load_environments
 from flows.prefect_jobs import IN_PROGRESS, PAGE, PrefectJobs, is_job
 from flows.stages import ITS_JOB_ENDED, stage_of
-from flows.states import end_of_taken_out, is_taken_out
+from flows.states import DIED, LOST, end_of_taken_out, is_taken_out, told_as_crashed
 from tasks.execute import end_left_runs
 from tasks.workspace import discard, job_ids
 
-LOST: Final = "nobody ran it any more"
-DIED: Final = "its process ended unexpectedly"
 HANDED_BACK: Final = "handed back by a worker that ends"
-"""Messages of the states in which a run goes back into the queue. The last one was nobody's fault."""
+"""
+With LOST and DIED, the messages of the states in which a run goes back into the queue. This one was nobody's fault.
+"""
 
 MOST_RESUMES: Final = 10
 """So often a run is taken up again after it was lost; then it is what loses them, and it ends as crashed."""
@@ -98,7 +98,9 @@ def resumes(states: Iterable[State[Any]]) -> int:
     """How often a run with these *states* was lost since it was submitted or restarted."""
     count = 0
     for state in sorted(states, key=lambda state: state.timestamp):
-        if state.is_final() or (state.type is StateType.SCHEDULED and state.name == "Scheduled"):
+        # A crash that was told by others than us is a loss that was taken up, or a restart follows it.
+        ended = state.is_final() and not told_as_crashed(state)
+        if ended or (state.type is StateType.SCHEDULED and state.name == "Scheduled"):
             count = 0
         elif state.name == "AwaitingRetry" and (state.message or "").startswith((LOST, DIED)):
             count += 1
@@ -235,14 +237,14 @@ class Reconciler:
         assert run.state is not None  # noqa: S101  # for mypy: it was found by its state
         if is_taken_out(run.state):
             # To be ended, by whoever has taken it out, or by ``upkeep`` where its environment is still registered.
-            if _age(run.state) > CLAIM_SECONDS:
+            if age(run.state) > CLAIM_SECONDS:
                 await self.client.set_flow_run_state(run.id, end_of_taken_out(run.state))
             return False
         # Also now: one that was begun or has ended since we asked is not what the answer says.
         if run.id in before and run.id in self.live():
             await self._attend(run)
             return False
-        if run.id in before or run.id in self.live() or not self._lost(run, offline):
+        if run.id in before or run.id in self.live() or not await self._lost(run, offline):
             return False
         if (now := await self._now(run.id)) is None or now.id != run.state.id:
             return False
@@ -314,16 +316,16 @@ class Reconciler:
         if state is None:
             return
         if state.type is StateType.CANCELLING:
-            if _age(state) > STOP_SECONDS:
+            if age(state) > STOP_SECONDS:
                 await self.stop(run.id)
         elif worker_of(run) not in (None, self.worker):
             self.logger.warning("flow run %s has been taken up by %s; it is ended here", run.id, worker_of(run))
             await self.leave(run.id)
 
-    def _lost(self, run: FlowRun, offline: Collection[str]) -> bool:
+    async def _lost(self, run: FlowRun, offline: Collection[str]) -> bool:
         owner = worker_of(run)
         if owner is None:
-            return run.state is not None and _age(run.state) > CLAIM_SECONDS
+            return run.state is not None and age(run.state) > CLAIM_SECONDS
         return owner == self.worker or owner in offline
 
     async def _offline(self, names: Iterable[str]) -> set[str]:
@@ -358,7 +360,8 @@ class Reconciler:
         return wanting
 
 
-def _age(state: State[Any]) -> float:
+def age(state: State[Any]) -> float:
+    """Seconds since a run is in *state*."""
     return (datetime.now(UTC) - state.timestamp).total_seconds()
 
 

@@ -38,9 +38,10 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Scheduled
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from blocks.environment import ComputeEnvironment
 from flows.build import AWAY_SECONDS, SERVER_PATIENCE, StageResult, is_away
 from flows.plan import Plan, PlannedStage
-from flows.states import ended_state
+from flows.states import as_it_goes_on, ended_state
 from flows.status import BY_TEXT, TERMINAL, Status
 
 FLOW_NAME: Final = "compute"
@@ -126,6 +127,7 @@ class Coordinator:
         kept: The stages of which everything is in the stores that they put there when they were completed.
         run_count: Of the job's run, in this try.
         withdraw: Remove what a stage that is to be done again has put into the stores.
+        environments: By id; the type of their pools tells whether a stage that crashed is about to go on.
     """
 
     plan: Plan
@@ -135,6 +137,7 @@ class Coordinator:
     kept: Collection[int]
     run_count: int
     withdraw: Callable[[int], None]
+    environments: Mapping[str, ComputeEnvironment] = field(repr=False)
 
     def run(self) -> State[Any]:
         """
@@ -227,7 +230,7 @@ class Coordinator:
         for run in patiently(read):
             of = stage_of(run)
             if of is not None and of[0] == self.job_id:
-                found[of[1]] = run
+                found[of[1]] = as_it_goes_on(run, self.environments)
         return found
 
     def _begin(self, stage: PlannedStage) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any, Final
 
-from prefect.client.schemas.objects import State, StateType, TaskRun
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 
+from blocks.environment import ComputeEnvironment
 from flows.jobs import StopRequest, Transition
 from flows.status import BY_TEXT, TERMINAL, TEXT, Outcome, Phase, Status, failure_of, status_of
 
@@ -82,6 +84,53 @@ def end_of_taken_out(state: State[Any]) -> State[None]:
     if state.message == STOPPED_IN_QUEUE:
         return State(type=StateType.CANCELLED, message=STOPPED_IN_QUEUE)
     return expired_in_queue("its turn did not come in time; restart it to queue it again")
+
+
+LOST: Final = "nobody ran it any more"
+DIED: Final = "its process ended unexpectedly"
+"""What the message of a state begins with in which a run that was lost goes back into the queue, or ends at last."""
+
+
+def told_as_crashed(state: State[Any] | None) -> bool:
+    """
+    Whether it is Prefect's own worker or runner that has told of a crash. That ends no job by itself: whoever looks
+    after the work pool puts the job back into the queue, or ends it in a state of its own (``flows.upkeep``).
+    """
+    return state is not None and state.type is StateType.CRASHED and not (state.message or "").startswith((LOST, DIED))
+
+
+def going_on(crash: State[Any]) -> State[Any]:
+    """The state a run is about to get after a *crash* that was told; with the id and the time of that."""
+    return crash.model_copy(update={"type": StateType.SCHEDULED, "name": "AwaitingRetry", "data": None})
+
+
+CRASH_SECONDS: Final = 60.0
+"""
+For so long a job of which Prefect's own worker has told that it crashed counts as one that goes on: whoever looks after
+the pool is about to put it back into the queue (``flows.upkeep``). If nobody has by then, it has ended.
+"""
+
+OWN_TYPE: Final = "warm-process"
+"""Type of the work pools whose workers put a job back into the queue before anybody could take it for ended."""
+
+
+def goes_on(run: FlowRun, blocks: Mapping[str, ComputeEnvironment]) -> bool:
+    """Whether *run* has crashed, to Prefect, and is about to be put back into the queue."""
+    block = blocks.get(run.parameters["summary"]["environments"][0])
+    return (
+        told_as_crashed(run.state)
+        and run.state is not None
+        and block is not None
+        and block.work_pool_type != OWN_TYPE
+        and (datetime.now(UTC) - run.state.timestamp).total_seconds() < CRASH_SECONDS
+    )
+
+
+def as_it_goes_on(run: FlowRun, blocks: Mapping[str, ComputeEnvironment]) -> FlowRun:
+    """*run*; one that is about to go on after a crash as it will be in a moment."""
+    if run.state is None or not goes_on(run, blocks):
+        return run
+    return run.model_copy(update={"state": going_on(run.state)})
 
 
 def queued_at(state: State[Any] | None) -> datetime | None:
@@ -269,14 +318,18 @@ def history(
     What a flow run that was begun several times went through, from all *states* it has had and all its *task_runs*;
     *of_stages* are those of the runs that did its stages, if it had them done.
 
-    Every try begins with waiting; one that was restarted also ended before.
+    Every try begins with waiting; one that was restarted also ended before. A crash after which the run went on by
+    itself was no end.
     """
     runs = list(task_runs)
     elsewhere = list(of_stages)
     found: list[Transition] = []
     before = tries = 0  # begun before the last restart, and now
     waits = False
-    for state in sorted(states, key=lambda state: state.timestamp):
+    passed = sorted(states, key=lambda state: state.timestamp)
+    for state, after in zip_longest(passed, passed[1:]):
+        if told_as_crashed(state) and after is not None and after.name == "AwaitingRetry":
+            continue
         if state.type is StateType.SCHEDULED and not waits:
             found.append(Transition(Status.WARMING_UP, state.timestamp))
             waits = True

@@ -302,7 +302,7 @@ class ForkedRun:
     # What follows is Prefect's ProcessTerminationScope.
 
     wait_after_graceful_kill: bool = False
-    """Prefect looks every 3 s whether the process is gone; ``_Hooks`` hears of it."""
+    """Prefect looks every 3 s whether the process is gone; ``Hooks`` hears of it."""
 
     def is_alive(self, pid: int) -> bool:
         return self.returncode is None
@@ -685,7 +685,8 @@ class Proposer(StateProposer):
         self._attempt = attempt
 
     async def propose_crashed(self, flow_run: FlowRun, message: str) -> State[Any] | None:
-        from flows.reconcile import DIED, give_up  # noqa: PLC0415 - nothing for a fork server
+        from flows.reconcile import give_up  # noqa: PLC0415 - nothing for a fork server
+        from flows.states import DIED  # noqa: PLC0415
 
         if self._attempt is not None and self._attempt.left:
             return None
@@ -699,7 +700,7 @@ class Proposer(StateProposer):
         return state if state is not None and state.is_crashed() else None
 
 
-class _Hooks(HookRunner):
+class Hooks(HookRunner):
     """
     Prefect's, but a run that is stopped has ended before its hooks are run and it is said to be cancelled.
 
@@ -1077,7 +1078,7 @@ class WarmProcessWorker(ProcessWorker):
                 self._servers, configuration, cwd, context.control_channel, worker=self.name, report=self._heartbeat
             )
             attempt.context, attempt.starter = context, starter
-            executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=_Hooks(starter))
+            executor = context.create_executor(flow_run, starter, propose_submitting=False, hook_runner=Hooks(starter))
 
             async def execute(task_status: anyio.abc.TaskStatus[ProcessHandle]) -> None:
                 nonlocal result

@@ -163,6 +163,18 @@ def idle(root: Path, job_id: str) -> Iterator[bool]:
         yield True
 
 
+def in_use(root: Path, job_id: str) -> bool | None:
+    """Whether a process that shares this folder works on a job; None if the job has no folder here."""
+    try:
+        with (root / job_id / _LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return None
+
+
 def sweep(root: Path, keep_seconds: float) -> list[str]:
     """
     Remove the folders of jobs that nobody works on and that have been kept for as long as they were to be.

@@ -178,7 +178,7 @@ def _assemble(into: Any, more: Mapping[str, bytes], *, python: bool) -> None:
     files: dict[str, Path] = {}
     programs: list[Path] = []
     if python:
-        executable, library = _system_python()
+        executable, library = system_python()
         programs.append(executable)
         for top, folders, names in os.walk(library):
             folders[:] = [name for name in folders if name not in _LEFT_OUT]
@@ -200,7 +200,7 @@ def _assemble(into: Any, more: Mapping[str, bytes], *, python: bool) -> None:
             folder = tarfile.TarInfo(f".{path}")
             folder.type, folder.mode = tarfile.DIRTYPE, mode
             archive.addfile(folder)
-        for path, source in sorted(files.items()):
+        for path, source in sorted((path, source) for path, source in files.items() if path not in more):
             _add(archive, path, source.read_bytes(), 0o755 if os.access(source, os.X_OK) else 0o644)
         _add(archive, "/etc/passwd", b"root:x:0:0::/root:/bin/sh\n")
         _add(archive, "/etc/nsswitch.conf", b"hosts: files dns\n")
@@ -208,7 +208,7 @@ def _assemble(into: Any, more: Mapping[str, bytes], *, python: bool) -> None:
             _add(archive, path, content, 0o755)
 
 
-def _system_python() -> tuple[Path, Path]:
+def system_python() -> tuple[Path, Path]:
     """The program and its library."""
     found = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     assert found, "no Python of the system to make an image of"

@@ -71,7 +71,7 @@ def stale(
 ) -> tuple[int, ...]:
     """The stages that are done anew after a restart at *since*, of those that had ended before."""
     restart = None if since is None else at(since)
-    coordinator = Coordinator(plan(), JOB, KEYS, restart, kept, 2, lambda index: None)
+    coordinator = Coordinator(plan(), JOB, KEYS, restart, kept, 2, lambda index: None, {})
     return tuple(sorted(coordinator._stale(runs)))
 
 

@@ -25,10 +25,8 @@ from blocks.environment import load_environments
 from flows.prefect_jobs import DELETING, PrefectJobs
 from flows.reconcile import (
     CLAIM_SECONDS,
-    DIED,
     HANDED_BACK,
     LONGEST_PAUSE,
-    LOST,
     MOST_RESUMES,
     PEER_SECONDS,
     Reconciler,
@@ -39,7 +37,7 @@ from flows.reconcile import (
     worker_of,
 )
 from flows.sealing import Seal, create_key_file
-from flows.states import STOPPED_IN_QUEUE, taken_out_of_the_queue
+from flows.states import DIED, LOST, STOPPED_IN_QUEUE, taken_out_of_the_queue
 from flows.status import Status
 from flows.worker import WarmProcessWorker, own_name
 from tasks.workspace import held
