@@ -103,12 +103,24 @@ class Engine:
         return sorted(volume.name for volume in self.client.volumes.list())
 
 
-@contextmanager
-def docker_engine(folder: Path, *, programs: Path | None = None, **configuration: Any) -> Iterator[Engine]:
-    """
-    An engine with IMAGE in it, without networks but ``none`` and ``host``. It finds what is in *programs*, too.
+NO_BRIDGE: Final = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")
 
-    *folder* has to have a short path: a socket's may have 107 characters.
+
+@contextmanager
+def docker_engine(
+    folder: Path,
+    *,
+    programs: Path | None = None,
+    within: Sequence[str] = (),
+    network: Sequence[str] = NO_BRIDGE,
+    **configuration: Any,
+) -> Iterator[Engine]:
+    """
+    An engine with IMAGE in it; by default without networks but ``none`` and ``host``. It finds what is in *programs*,
+    too.
+
+    *folder* has to have a short path: a socket's may have 107 characters. *within* is a command that starts another
+    one where the engine is to be, such as ``nsenter``, and *network* tells the engine what it finds there.
     """
     assert os.geteuid() == 0, "a Docker engine of one's own needs root: sudo make test-docker"
     assert shutil.which("dockerd"), "there is no dockerd: scripts/install-docker installs it"
@@ -122,6 +134,7 @@ def docker_engine(folder: Path, *, programs: Path | None = None, **configuration
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
+                *within,
                 "dockerd",
                 *("--config-file", folder / "daemon.json", "--host", f"unix://{folder}/docker.sock"),
                 *("--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "docker.pid"),
@@ -129,7 +142,7 @@ def docker_engine(folder: Path, *, programs: Path | None = None, **configuration
                 *("--containerd-namespace", folder.name, "--containerd-plugins-namespace", f"{folder.name}-plugins"),
                 # Else an engine beside systemd has groups of that, with other names.
                 *("--exec-opt", "native.cgroupdriver=cgroupfs"),
-                *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"),
+                *network,
             ],
             stdout=output,
             stderr=subprocess.STDOUT,
