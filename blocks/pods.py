@@ -399,12 +399,14 @@ class KubernetesRunner(Runner):
             # First, so that an algorithm never waits for it.
             _container(
                 "log",
+                "/",
                 _IN_PLACE.format(then=_LOGGER.format(blocks=_blocks(limits))),
                 {"cpu": "50m", "memory": "32Mi", "ephemeral-storage": "16Mi"},
                 [self._shown(_control(execution), "/c2d"), self._shown(execution.folders.log, "/log", writable=True)],
             ),
             _container(
                 _ALGORITHM,
+                "/data",
                 _IN_PLACE.format(then="exec /bin/sh /c2d/run"),
                 resources,
                 [
@@ -499,12 +501,12 @@ _WRITABLE: Final = ("outputs", "logs")
 
 
 def _container(
-    name: str, script: str, resources: Mapping[str, str], mounts: Sequence[Mapping[str, Any]]
+    name: str, folder: str, script: str, resources: Mapping[str, str], mounts: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     return {
         "name": name,
         "command": ["/bin/sh", "-c", script],
-        "workingDir": "/",
+        "workingDir": folder,
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "volumeMounts": list(mounts),
         "securityContext": {
@@ -577,7 +579,6 @@ trap 'echo {_MEMORY_MARK} >/dev/termination-log; exit 137' USR2
         [ $quiet -lt {{alone}} ] || kill -USR1 1
     done
 ) >/dev/null &
-cd /data
 env -u KUBERNETES_SERVICE_HOST -u KUBERNETES_SERVICE_PORT -u KUBERNETES_SERVICE_PORT_HTTPS -u KUBERNETES_PORT \\
     -u KUBERNETES_PORT_443_TCP -u KUBERNETES_PORT_443_TCP_PROTO -u KUBERNETES_PORT_443_TCP_PORT \\
     -u KUBERNETES_PORT_443_TCP_ADDR HOME=/tmp "LANG=${{{{LANG:-C.UTF-8}}}}" {{variables}} \\

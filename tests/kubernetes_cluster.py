@@ -126,6 +126,7 @@ class Cluster:
                 "claim": CLAIM,
                 "mount": str(self.mount),
                 "service": str(self.folder),
+                "alone_seconds": 6.0,
                 **more,
             }
         )
