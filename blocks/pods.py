@@ -177,7 +177,8 @@ class KubernetesRunner(Runner):
                 found = await _insisting(
                     BatchV1Api(api).list_namespaced_job, self.namespace, label_selector=f"{SERVICE}={self._service}"
                 )
-            return frozenset(job.metadata.labels[JOB] for job in found.items)
+            # Those that are being removed are not left to anybody.
+            return frozenset(job.metadata.labels[JOB] for job in found.items if not job.metadata.deletion_timestamp)
 
         return _done(find())
 
@@ -262,9 +263,10 @@ class KubernetesRunner(Runner):
             return f"the Kubernetes cluster refuses this account: {_words(refusal)}; see the rights it needs"
         return None
 
-    async def _remove(self, api: ApiClient, labels: str) -> None:
+    async def _remove(self, api: ApiClient, labels: str, *, gone: bool = False) -> None:
         """
-        Delete the Jobs with these labels and wait until they and their pods are gone; none there is fine.
+        Delete the Jobs with these labels and wait until nothing of them runs; none there is fine. *gone*: until the
+        cluster has forgotten them as well, which can take ten seconds longer.
 
         Raises: TimeoutError.
         """
@@ -272,15 +274,18 @@ class KubernetesRunner(Runner):
         patience = time.monotonic() + REMOVAL
         asked: set[str] = set()
         while time.monotonic() < patience:
-            found = await _insisting(jobs.list_namespaced_job, self.namespace, label_selector=labels)
-            for job in found.items:
+            left = (await _insisting(jobs.list_namespaced_job, self.namespace, label_selector=labels)).items
+            for job in left:
                 if job.metadata.uid not in asked:
                     await _insisting(_delete, jobs, job)
                     asked.add(job.metadata.uid)
-            if not found.items:
-                pods = await _insisting(core.list_namespaced_pod, self.namespace, label_selector=labels)
-                if not pods.items:
-                    return
+            pods = (await _insisting(core.list_namespaced_pod, self.namespace, label_selector=labels)).items
+            if not pods and not left:
+                return
+            # Of a Job without a pod one may be about to be made.
+            made = {job.metadata.name for job in left} <= {pod.metadata.labels.get("job-name") for pod in pods}
+            if made and not gone and all(map(_is_over, pods)):
+                return
             await asyncio.sleep(2 * TICK)
         raise TimeoutError("a Job cannot be removed from the Kubernetes cluster")
 
@@ -296,7 +301,7 @@ class KubernetesRunner(Runner):
         mark = uuid4().hex
         job = self._job(execution, uid=uid, gid=gid, mark=mark)
         try:
-            await self._remove(api, labels)
+            await self._remove(api, labels, gone=True)
             shutil.rmtree(control, ignore_errors=True)
             (folders.logs / LOG_NAME).unlink(missing_ok=True)
             # Else the node makes it, as root, whoever the caller is.
@@ -331,49 +336,31 @@ class KubernetesRunner(Runner):
             await _insisting(_create, BatchV1Api(api), self.namespace, job)
         except ApiException as refusal:
             return _End(Ending.REFUSED, words=f"the Kubernetes cluster refuses its Job: {_words(refusal)}")
-        waits_until = time.monotonic() + self.wait_seconds
-        begins_until = began = None
-        told = ""
-        signs = 0
-        next_sign = 0.0
+        wait = _Wait(self.wait_seconds, self.pull_seconds, on_waiting)
+        life = _SignsOfLife(_control(execution))
+        began: float | None = None
         async with _looking(api, self.namespace, job) as sight:
             with closing(DiskWatch(execution.folders, limits.disk_bytes, members=list, top=None)) as disk:
-                while True:
-                    now = time.monotonic()
-                    if now >= next_sign:
-                        signs, next_sign = signs + 1, now + SIGN
-                        (_control(execution) / _SIGN).write_text(f"{signs}\n")
-                    seen = sight.last
-                    if seen.end is not None:
-                        return seen.end
-                    if seen.begun and began is None:
-                        began = now
+                while (end := sight.last.end) is None:
+                    life.give()
+                    if began is None and sight.last.begun:
+                        began = time.monotonic()
                         on_waiting("")
-                    ran = 0.0 if began is None else now - began
+                    ran = 0.0 if began is None else time.monotonic() - began
                     if stop.is_set():
-                        return _End(Ending.STOPPED, seconds=ran)
-                    if disk.full():
-                        return _End(Ending.DISK_FULL, seconds=ran)
-                    if began is not None:
-                        if ran >= limits.seconds + LATE and sight.fresh(limits.seconds + began):
-                            return _End(Ending.TIMED_OUT, seconds=ran)
-                        if ran >= limits.seconds + AWAY:
-                            raise OSError("the Kubernetes cluster has not told how a run went on")
-                    else:
-                        if seen.placed and begins_until is None:
-                            begins_until = now + self.pull_seconds
-                        if seen.why != told:
-                            told = seen.why
-                            on_waiting(told)
-                        until, within = (
-                            (waits_until, self.wait_seconds)
-                            if begins_until is None
-                            else (begins_until, self.pull_seconds)
-                        )
-                        if now >= until:
-                            what = "had no place" if begins_until is None else "was not begun"
-                            return _End(Ending.REFUSED, words=f"{what} within {within:g} s: {seen.why or 'no reason'}")
+                        end = _End(Ending.STOPPED, seconds=ran)
+                    elif disk.full():
+                        end = _End(Ending.DISK_FULL, seconds=ran)
+                    elif began is None:
+                        end = wait.over(sight.last)
+                    elif ran >= limits.seconds + LATE and sight.at > began + limits.seconds:
+                        end = _End(Ending.TIMED_OUT, seconds=ran)
+                    elif ran >= limits.seconds + AWAY:
+                        raise OSError("the Kubernetes cluster has not told how a run went on")
+                    if end is not None:
+                        break
                     await asyncio.sleep(TICK)
+        return end
 
     def _job(self, execution: Execution, *, uid: int, gid: int, mark: str) -> dict[str, Any]:
         limits = execution.limits
@@ -398,7 +385,7 @@ class KubernetesRunner(Runner):
         containers = [
             # First, so that an algorithm never waits for it.
             _container(
-                "log",
+                _LOG,
                 "/",
                 _IN_PLACE.format(then=_LOGGER.format(blocks=_blocks(limits))),
                 {"cpu": "50m", "memory": "32Mi", "ephemeral-storage": "16Mi"},
@@ -490,6 +477,7 @@ _NEEDED: Final = (
 )
 
 _ALGORITHM: Final = "algorithm"
+_LOG: Final = "log"
 _TREE: Final = {
     "/data/inputs": "inputs",
     "/data/ddos": "ddos",
@@ -660,18 +648,54 @@ class _Seen:
     end: _End | None = None
 
 
+@dataclass
 class _Sight:
-    """What was seen last, and when that was."""
+    """What was seen last, and when somebody began to look at it."""
 
-    def __init__(self) -> None:
-        self.last = _Seen()
-        self._at = 0.0
+    last: _Seen = field(default_factory=_Seen)
+    at: float = 0.0
 
-    def see(self, seen: _Seen, at: float) -> None:
-        self.last, self._at = seen, at
 
-    def fresh(self, since: float) -> bool:
-        return self._at > since
+class _Wait:
+    """For a run to begin: for a place at first, and then for what is needed there."""
+
+    def __init__(self, place_seconds: float, pull_seconds: float, on_waiting: Waiting) -> None:
+        self._began = time.monotonic()
+        self._placed: float | None = None
+        self._place_seconds = place_seconds
+        self._pull_seconds = pull_seconds
+        self._on_waiting = on_waiting
+        self._told = ""
+
+    def over(self, seen: _Seen) -> _End | None:
+        """The end of one that waited for too long."""
+        now = time.monotonic()
+        if seen.placed and self._placed is None:
+            self._placed = now
+        if seen.why != self._told:
+            self._told = seen.why
+            self._on_waiting(seen.why)
+        if self._placed is None:
+            since, seconds, what = self._began, self._place_seconds, "there was no place for it"
+        else:
+            since, seconds, what = self._placed, self._pull_seconds, "it could not be begun"
+        if now - since < seconds:
+            return None
+        return _End(Ending.REFUSED, words=f"{what} within {seconds:g} s: {seen.why or 'no reason is told'}")
+
+
+class _SignsOfLife:
+    """By which a pod knows that whoever waits for it is there."""
+
+    def __init__(self, control: Path) -> None:
+        self._file = control / _SIGN
+        self._given = 0
+        self._due = 0.0
+
+    def give(self) -> None:
+        if (now := time.monotonic()) >= self._due:
+            self._given, self._due = self._given + 1, now + SIGN
+            self._file.write_text(f"{self._given}\n")
 
 
 @asynccontextmanager
@@ -684,7 +708,7 @@ async def _looking(api: ApiClient, namespace: str, job: Mapping[str, Any]) -> As
         while True:
             at = time.monotonic()
             try:
-                sight.see(await eye.look(), at)
+                sight.last, sight.at = await eye.look(), at
             except Exception as error:
                 if not _passes(error):
                     raise
@@ -752,31 +776,33 @@ class _Eye:
     async def _with_pod(self, pod: Any) -> _Seen:
         status = pod.status
         states = {each.name: each.state for each in status.container_statuses or ()}
-        own, log = states.get(_ALGORITHM), states.get("log")
+        own, log = states.get(_ALGORITHM), states.get(_LOG)
         self._begun = self._begun or bool(own and (own.running or own.terminated))
+        end = None
         if status.phase == "Failed" and status.reason:
-            return _Seen(end=_of_pod(status, begun=self._begun))
-        if own and own.terminated:
-            over = status.phase in ("Succeeded", "Failed") or not (log and log.running)
+            end = _of_pod(status, begun=self._begun)
+        elif own and own.terminated:
             self._over_since = self._over_since or time.monotonic()
-            if not over and time.monotonic() - self._over_since < SETTLED:
-                return _Seen(placed=True, begun=True)
-            return _Seen(placed=True, begun=True, end=_of_container(own.terminated, log))
-        if pod.metadata.deletion_timestamp:
-            return _Seen(placed=True, begun=self._begun)
-        if log and log.terminated:
-            return _Seen(placed=True, begun=self._begun, end=_of_logger(log.terminated))
-        if self._begun:
-            return _Seen(placed=True, begun=True)
-        waiting = [state.waiting for state in states.values() if state.waiting and state.waiting.reason]
+            # Else the last of its output is on the way.
+            if not (log and log.running) or time.monotonic() - self._over_since > SETTLED:
+                end = _of_container(own.terminated)
+        elif log and log.terminated and not pod.metadata.deletion_timestamp:
+            end = _of_logger(log.terminated)
+        elif not self._begun:
+            return await self._of_begin(pod, [state.waiting for state in states.values() if state.waiting])
+        return _Seen(placed=True, begun=self._begun, end=end)
+
+    async def _of_begin(self, pod: Any, waiting: Sequence[Any]) -> _Seen:
+        """Why a pod has not begun."""
         for each in waiting:
             if (end := await self._of_waiting(each)) is not None:
                 return _Seen(placed=True, end=end)
-        for condition in status.conditions or ():
+        for condition in pod.status.conditions or ():
             if condition.type == "PodScheduled" and condition.status != "True":
                 return _Seen(why=_words(condition.message or condition.reason or ""))
-        placed = bool(pod.spec.node_name)
-        return _Seen(placed=placed, why=await self._warning(pod.metadata.name, "FailedMount") if placed else "")
+        if not pod.spec.node_name:
+            return _Seen()
+        return _Seen(placed=True, why=await self._warning(pod.metadata.name, "FailedMount"))
 
     async def _of_waiting(self, waiting: Any) -> _End | None:
         """What will not pass by itself."""
@@ -805,6 +831,13 @@ _KILLED: Final = _End(Ending.EXITED, 128 + signal.SIGKILL)
 """Of a run whose Job or pod somebody has removed."""
 
 
+def _is_over(pod: Any) -> bool:
+    """Whether nothing of it runs, nor will."""
+    states = [each.state for each in pod.status.container_statuses or ()]
+    # A pod that is to be ended can be told to have failed before that is done.
+    return all(state.terminated for state in states) if states else pod.status.phase in ("Succeeded", "Failed")
+
+
 def _of_pod(status: Any, *, begun: bool) -> _End:
     """The end of a pod that its node has ended."""
     message = status.message or ""
@@ -820,7 +853,7 @@ def _of_pod(status: Any, *, begun: bool) -> _End:
     return _End(Ending.REFUSED, words=f"its node has refused it: {_words(message or status.reason)}")
 
 
-def _of_container(ended: Any, log: Any) -> _End:
+def _of_container(ended: Any) -> _End:
     message = (ended.message or "").strip()
     if ended.reason in ("ContainerCannotRun", "StartError"):
         return _End(Ending.REFUSED, words=_why_not_started(message))
