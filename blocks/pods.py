@@ -201,6 +201,9 @@ class KubernetesRunner(Runner):
         except _Unreachable as problem:
             return ExitReport(Ending.REFUSED, None, 0.0, str(problem))
 
+    def _mounted(self) -> bool:
+        return bool(self.mount) and Path(self.mount).is_dir()
+
     @property
     def _service(self) -> str:
         """Of any text, one that can be a label."""
@@ -225,11 +228,12 @@ class KubernetesRunner(Runner):
             from prefect_kubernetes.credentials import KubernetesClusterConfig  # noqa: PLC0415 - two seconds
 
             block = await KubernetesClusterConfig.aload(self.block)
-            return await block.get_api_client()
+            saved: ApiClient = await block.get_api_client()
+            return saved
         configuration = Configuration()
         if not (self.kubeconfig or self.context):
             with suppress(config.ConfigException):
-                config.load_incluster_config(client_configuration=configuration)
+                config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
                 return ApiClient(configuration)
         await config.load_kube_config(
             config_file=self.kubeconfig or None, context=self.context or None, client_configuration=configuration
@@ -237,10 +241,9 @@ class KubernetesRunner(Runner):
         return ApiClient(configuration)
 
     async def _obstacle(self, api: ApiClient, *, patience: float) -> str | None:
-        if not (self.mount and os.path.isdir(self.mount)):  # noqa: PTH112 - of an async function it is no less
-            return (
-                f"the claim {self.claim} is not mounted here at {self.mount or 'any folder'}; mount it, and name where"
-            )
+        if not self._mounted():
+            where = self.mount or "any folder"
+            return f"the claim {self.claim} is not mounted here at {where}; mount it, and name where"
         try:
             claim = await _insisting(
                 CoreV1Api(api).read_namespaced_persistent_volume_claim, self.claim, self.namespace, patience=patience
@@ -380,8 +383,12 @@ class KubernetesRunner(Runner):
             # Its root is read-only, it prints nothing, and its scratch is memory.
             "ephemeral-storage": "64Mi",
         }
+        given: dict[str, str] = {}
         if limits.gpus:
             resources[self.gpu_resource] = str(limits.gpus)
+        else:
+            # An image may ask for all there are, and some nodes give them to it.
+            given[_GPUS] = "void"
         containers = [
             # First, so that an algorithm never waits for it.
             _container(
@@ -410,6 +417,7 @@ class KubernetesRunner(Runner):
         ]
         for container in containers:
             container["image"] = execution.image.reference
+            container["env"] = [{"name": name, "value": value} for name, value in given.items()]
             container["imagePullPolicy"] = {"always": "Always", "missing": "IfNotPresent", "never": "Never"}[self.pull]
         begins = ceil(self.pull_seconds + limits.seconds + PATIENCE)
         pod: dict[str, Any] = {
@@ -567,15 +575,20 @@ trap 'echo {_MEMORY_MARK} >/dev/termination-log; exit 137' USR2
         [ $quiet -lt {{alone}} ] || kill -USR1 1
     done
 ) >/dev/null &
-env -u KUBERNETES_SERVICE_HOST -u KUBERNETES_SERVICE_PORT -u KUBERNETES_SERVICE_PORT_HTTPS -u KUBERNETES_PORT \\
-    -u KUBERNETES_PORT_443_TCP -u KUBERNETES_PORT_443_TCP_PROTO -u KUBERNETES_PORT_443_TCP_PORT \\
-    -u KUBERNETES_PORT_443_TCP_ADDR HOME=/tmp "LANG=${{{{LANG:-C.UTF-8}}}}" {{variables}} \\
+env {{without}} \\
+    HOME=/tmp "LANG=${{{{LANG:-C.UTF-8}}}}" {{variables}} \\
     /bin/sh -c {{entrypoint}} 2>&1 &
 wait $!
 code=$?
 killed && echo {_MEMORY_MARK} >/dev/termination-log
 exit $code
 """
+_GPUS: Final = "NVIDIA_VISIBLE_DEVICES"
+_CLUSTERS: Final = (
+    *("KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "KUBERNETES_SERVICE_PORT_HTTPS", "KUBERNETES_PORT"),
+    *(f"KUBERNETES_PORT_443_TCP{part}" for part in ("", "_PROTO", "_PORT", "_ADDR")),
+)
+"""Variables that every pod gets, of the API server."""
 _OURS: Final = 6
 """Processes of a run's user that are not the algorithm's: the porter, two that watch and what they wait for, the pod's
 own, what writes the log; less one, since one of these is away for a moment twice a second."""
@@ -605,6 +618,7 @@ def _prepare(execution: Execution, uid: int, *, counted: bool, alone_seconds: fl
         looks=round(GRACE / 0.02),
         seconds=f"{limits.seconds:f}",
         alone=ceil(alone_seconds / 0.5),
+        without=" ".join(f"-u {name}" for name in (*_CLUSTERS, *(() if limits.gpus else (_GPUS,)))),
         variables=" ".join(shlex.quote(f"{name}={value}") for name, value in variables.items()),
         entrypoint=shlex.quote(execution.entrypoint),
     )
@@ -768,7 +782,7 @@ class _Eye:
         if self._pod or job.metadata.deletion_timestamp:
             # Removed by somebody. The cluster may make another pod of the Job, over what this one has written.
             return _Seen(end=_KILLED)
-        refusal = await self._warning(self._name, "FailedCreate")
+        refusal = await self._warning(f"name={self._name}", "FailedCreate")
         if refusal and "exceeded quota" not in refusal and re.search(r"forbidden|not found|invalid", refusal):
             return _Seen(end=_End(Ending.REFUSED, words=f"the Kubernetes cluster refuses its pod: {refusal}"))
         return _Seen(why=refusal)
@@ -802,7 +816,7 @@ class _Eye:
                 return _Seen(why=_words(condition.message or condition.reason or ""))
         if not pod.spec.node_name:
             return _Seen()
-        return _Seen(placed=True, why=await self._warning(pod.metadata.name, "FailedMount"))
+        return _Seen(placed=True, why=await self._warning(f"uid={self._pod}", "FailedMount"))
 
     async def _of_waiting(self, waiting: Any) -> _End | None:
         """What will not pass by itself."""
@@ -811,20 +825,20 @@ class _Eye:
                 words = _words(waiting.message or "")
                 if waiting.reason == "ImagePullBackOff":
                     # It says only that there was a failure.
-                    words = await self._warning(None, "Failed") or words
+                    words = await self._warning(f"uid={self._pod}", "Failed", "Failed to pull") or words
                 return _End(Ending.IMAGE_UNAVAILABLE, words=f"the image could not be pulled: {words}")
             case "CreateContainerError" | "CreateContainerConfigError" | "RunContainerError":
                 return _End(Ending.REFUSED, words=_why_not_started(waiting.message or ""))
         return None
 
-    async def _warning(self, name: str | None, reason: str) -> str:
-        """The words of the last warning of that reason about the Job or pod of that name; None: the pod."""
-        about = f"involvedObject.name={name}" if name else f"involvedObject.uid={self._pod}"
+    async def _warning(self, about: str, reason: str, beginning: str = "") -> str:
+        """The words of the last such event about a Job or a pod."""
         found = await self._core.list_namespaced_event(
-            self._namespace, field_selector=f"{about},reason={reason}", _request_timeout=REQUEST
+            self._namespace, field_selector=f"involvedObject.{about},reason={reason}", _request_timeout=REQUEST
         )
-        messages = [event.message or "" for event in found.items if "Error: ImagePull" not in (event.message or "")]
-        return _words(messages[-1]) if messages else ""
+        told = [event for event in found.items if (event.message or "").startswith(beginning)]
+        last = max(told, key=lambda event: str(event.last_timestamp or event.event_time), default=None)
+        return _words(last.message or "") if last is not None else ""
 
 
 _KILLED: Final = _End(Ending.EXITED, 128 + signal.SIGKILL)

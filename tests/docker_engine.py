@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -279,8 +280,11 @@ def published(engine: Engine, registry: Registry, *, python: bool = False, **fil
 
 
 @contextmanager
-def docker_registry(folder: Path) -> Iterator[Registry]:
-    """A registry that keeps its images in *folder*, on a free loopback port."""
+def docker_registry(folder: Path, *, within: Sequence[str] = ()) -> Iterator[Registry]:
+    """
+    A registry that keeps its images in *folder*, on a free loopback port. *within* is a command that starts another one
+    where the engine is.
+    """
     port = free_port()
     (folder / "htpasswd").write_text(_HTPASSWD)
     configuration = {
@@ -292,10 +296,14 @@ def docker_registry(folder: Path) -> Iterator[Registry]:
     (folder / "registry.json").write_text(json.dumps(configuration))  # JSON is YAML
     with (folder / "registry.log").open("wb") as output:
         process = subprocess.Popen(
-            ["docker-registry", "serve", folder / "registry.json"], stdout=output, stderr=subprocess.STDOUT
+            [*within, "docker-registry", "serve", folder / "registry.json"], stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        until_answered(f"http://127.0.0.1:{port}/")
+        if within:
+            asks = f"from cli.service import until_answered; until_answered('http://127.0.0.1:{port}/')"
+            subprocess.run([*within, sys.executable, "-c", asks], check=True, timeout=120)
+        else:
+            until_answered(f"http://127.0.0.1:{port}/")
         yield Registry(f"127.0.0.1:{port}")
     finally:
         process.terminate()

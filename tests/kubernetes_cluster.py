@@ -1,8 +1,9 @@
 """
-A real Kubernetes cluster for tests: etcd, API server, controllers, scheduler, and a kubelet on a Docker engine of its own.
+A real Kubernetes cluster for tests: etcd, API server, controllers, scheduler, and a kubelet on an engine of its own.
 
-All of it listens on free ports of loopback, keeps its files in one folder and is stopped by pid. Pods have a network in
-which there is nothing but the node's end of it. Needs root, and what ``scripts/install-kubernetes`` installs and builds.
+All of it listens on free ports of loopback, keeps its files in one folder and is stopped by pid. Pods have a network
+in which there is nothing but the node's end of it. Needs root, and what ``scripts/install-kubernetes`` installs and
+builds.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ class Cluster:
     folder: Path
     url: str
     engine: Engine
-    node_pid: int
-    """Of a process in the network of the node."""
+    within: tuple[str, ...]
+    """A command that starts another one in the network of the node."""
+    api_server: _ApiServer
     mount: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     """What the claim stands for."""
 
@@ -138,6 +140,16 @@ class Cluster:
         self._call("PATCH", f"/api/v1/nodes/{NODE}/status", patch)
         assert _eventually(lambda: str(gpus) == self.get("node", NODE)["status"]["allocatable"].get(resource, "0"), 30)
 
+    @contextmanager
+    def without_api(self) -> Iterator[None]:
+        """While this lasts, the API server is dead. Everything else is as it was."""
+        self.api_server.end(kill=True)
+        try:
+            yield
+        finally:
+            self.api_server.start()
+            _until(lambda: bool(_told(self, "get", "--raw", "/readyz")), self.folder)
+
     def _call(self, method: str, path: str, body: Any) -> None:
         """What kubectl of this version cannot: a patch of a status."""
         import ssl  # noqa: PLC0415
@@ -154,6 +166,27 @@ class Cluster:
             answer.read()
 
 
+class _ApiServer:
+    """The one part that can be started again."""
+
+    def __init__(self, log: Path, command: Sequence[str]) -> None:
+        self._log = log
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def end(self, *, kill: bool = False) -> None:
+        if self._process is not None:
+            if kill:
+                self._process.kill()
+            _end(self._process)
+
+
 @contextmanager
 def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
     """*folder* has to have a short path: the engine's sockets are in it."""
@@ -165,7 +198,7 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
     admin = folder / "admin.kubeconfig"
     with ExitStack() as parts:
 
-        def start(name: str, *command: str | Path) -> subprocess.Popen[bytes]:
+        def start(name: str, *command: Any) -> subprocess.Popen[bytes]:
             return parts.enter_context(_started(folder / f"{name}.log", command))
 
         _keys(folder, _ADMIN)
@@ -182,34 +215,40 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
             *("--initial-advertise-peer-urls", f"http://127.0.0.1:{peers}"),
             *("--initial-cluster", f"default=http://127.0.0.1:{peers}"),
         )
-        start(
-            "apiserver",
-            built / "kube-apiserver",
-            *(f"--etcd-servers=http://127.0.0.1:{etcd}", "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1"),
-            *(f"--secure-port={api}", "--insecure-port=0", f"--cert-dir={folder}/certs"),
-            *("--service-cluster-ip-range=10.250.0.0/24", f"--token-auth-file={folder}/tokens.csv"),
-            *("--authorization-mode=Node,RBAC", "--service-account-issuer=https://kubernetes.default.svc"),
-            *(f"--service-account-signing-key-file={folder}/sa.key", f"--service-account-key-file={folder}/sa.key"),
-            *("--enable-admission-plugins=NodeRestriction", "--endpoint-reconciler-type=none"),
-            *("--allow-privileged=true", "--kubelet-preferred-address-types=Hostname"),
-            "--feature-gates=TTLAfterFinished=true",
+        api_server = _ApiServer(
+            folder / "apiserver.log",
+            [
+                str(built / "kube-apiserver"),
+                *(f"--etcd-servers=http://127.0.0.1:{etcd}", "--bind-address=127.0.0.1"),
+                *("--advertise-address=127.0.0.1", f"--secure-port={api}", "--insecure-port=0"),
+                *(f"--cert-dir={folder}/certs", f"--token-auth-file={folder}/tokens.csv"),
+                *("--service-cluster-ip-range=10.250.0.0/24", "--authorization-mode=Node,RBAC"),
+                "--service-account-issuer=https://kubernetes.default.svc",
+                *(f"--service-account-signing-key-file={folder}/sa.key", f"--service-account-key-file={folder}/sa.key"),
+                *("--enable-admission-plugins=NodeRestriction", "--endpoint-reconciler-type=none"),
+                *("--allow-privileged=true", "--kubelet-preferred-address-types=Hostname"),
+                "--feature-gates=TTLAfterFinished=true",
+            ],
         )
+        parts.callback(api_server.end)
+        api_server.start()
         holder = _node_space(folder)
         parts.callback(_end, holder)
         within = [f"--mount=/proc/{holder.pid}/ns/mnt"]
+        network = f"--net=/proc/{holder.pid}/ns/net"
         (folder / "engine").mkdir()
         engine = parts.enter_context(
             docker_engine(
                 folder / "engine",
-                within=["nsenter", *within, f"--net=/proc/{holder.pid}/ns/net"],
+                within=["nsenter", *within, network],
                 # Pods do not reach each other.
                 network=["--bip", f"{GATEWAY}/24", "--icc=false"],
-                **{"default-runtime": "unadjusted", "runtimes": {"unadjusted": {"path": _runtime(folder)}}},
+                **_runtime(folder),
             )
         )
         _pause(engine, built)
-        cluster = Cluster(folder, cluster_url, engine, holder.pid)
-        _until(lambda: (folder / "certs" / "apiserver.crt").exists(), folder)
+        cluster = Cluster(folder, cluster_url, engine, ("nsenter", network), api_server)
+        _until((folder / "certs" / "apiserver.crt").exists, folder)
         admin.write_text(yaml.safe_dump(cluster.kubeconfig()))
         admin.chmod(0o600)
         _until(lambda: bool(_told(cluster, "get", "--raw", "/readyz")), folder)
@@ -276,7 +315,7 @@ def _node_space(folder: Path) -> subprocess.Popen[bytes]:
     return holder
 
 
-def _runtime(folder: Path) -> str:
+def _runtime(folder: Path) -> dict[str, Any]:
     """Root of a virtual machine may not put a process beyond the reach of the OOM killer, as a kubelet asks it to."""
     file = folder / "runc-unadjusted"
     file.write_text(
@@ -286,7 +325,7 @@ def _runtime(folder: Path) -> str:
         'exec runc "$@"\n'
     )
     file.chmod(0o755)
-    return str(file)
+    return {"default-runtime": "unadjusted", "runtimes": {"unadjusted": {"path": str(file)}}}
 
 
 def _pause(engine: Engine, built: Path) -> None:
