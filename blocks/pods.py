@@ -39,9 +39,6 @@ from typing import Any, Final, Literal, TypeVar
 from uuid import uuid4
 
 import aiohttp
-from docker.auth import resolve_repository_name
-from docker.errors import DockerException
-from docker.utils import parse_repository_tag
 from kubernetes_asyncio import config
 from kubernetes_asyncio.client import (
     ApiClient,
@@ -162,12 +159,7 @@ class KubernetesRunner(Runner):
 
     def fetch_image(self, image: Image, *, on_progress: Progress = untold, stop: Event | None = None) -> Image:
         """The node pulls it, when the run begins; here only its name is looked at."""
-        try:
-            resolve_repository_name(image.name)
-            tagged = parse_repository_tag(image.name)[1]
-        except DockerException:
-            tagged = image.name
-        if tagged:
+        if not _IMAGE_NAME.fullmatch(image.name):
             raise ImageUnavailable(f"{image.name} is no name of an image; a tag or checksum is a field of its own")
         return image
 
@@ -475,6 +467,12 @@ class KubernetesRunner(Runner):
         inside = path.relative_to(self.mount)
         return {"name": "work", "mountPath": at, "subPath": str(inside), "readOnly": not writable}
 
+
+_IMAGE_NAME: Final = re.compile(
+    r"([A-Za-z0-9.-]+(:[0-9]{1,5})?/)?"
+    r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*)*"
+)
+"""A host, which may be left out, and a path."""
 
 _NEEDED: Final = (
     ("create", "batch", "jobs"),
@@ -816,12 +814,14 @@ class _Eye:
                 return _Seen(why=_words(condition.message or condition.reason or ""))
         if not pod.spec.node_name:
             return _Seen()
-        return _Seen(placed=True, why=await self._warning(f"uid={self._pod}", "FailedMount"))
+        unusual = [each.message or each.reason for each in waiting if each.reason not in _USUAL]
+        why = _words(unusual[0]) if unusual else await self._warning(f"uid={self._pod}", "FailedMount")
+        return _Seen(placed=True, why=why)
 
     async def _of_waiting(self, waiting: Any) -> _End | None:
         """What will not pass by itself."""
         match waiting.reason:
-            case "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" | "RegistryUnavailable":
+            case reason if reason in _NO_IMAGE:
                 words = _words(waiting.message or "")
                 if waiting.reason == "ImagePullBackOff":
                     # It says only that there was a failure.
@@ -841,6 +841,14 @@ class _Eye:
         return _words(last.message or "") if last is not None else ""
 
 
+_USUAL: Final = ("ContainerCreating", "PodInitializing", None)
+"""Reasons of a container that is about to begin."""
+_NO_IMAGE: Final = frozenset(
+    {
+        *("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"),
+        *("ImageInspectError", "SignatureValidationFailed"),
+    }
+)
 _KILLED: Final = _End(Ending.EXITED, 128 + signal.SIGKILL)
 """Of a run whose Job or pod somebody has removed."""
 
