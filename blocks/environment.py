@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.client.schemas.objects import BlockDocument
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.types import SecretDict
-from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from blocks.limits import CENTURY, Offer
 from blocks.process import ProcessRunner
@@ -32,6 +32,37 @@ STATE_FOLDER: Final = "C2D_STATE"
 def state_folder() -> Path:
     """The service's own folder: ``$C2D_STATE``, else ``.c2d`` where the service was started."""
     return Path(os.environ.get(STATE_FOLDER, ".c2d")).resolve()
+
+
+_NAME: Final = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+"""Of most things in a Kubernetes cluster."""
+Name = Annotated[str, Field(pattern=_NAME)]
+
+
+class KubernetesPlace(BaseModel):
+    """Where the Jobs of an environment are run. What is left out is as ``deploy/kubernetes`` makes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    cluster: str = ""
+    """Name of a saved block of type KubernetesClusterConfig. Empty: the cluster this runs in, else a kubeconfig."""
+    context: str = ""
+    """In that kubeconfig, which KUBECONFIG names. Empty: its current one."""
+    namespace: Name = "c2d-jobs"
+    claim: Name = "c2d-work"
+    mount: str = ""
+    """Where the claim is mounted for the flows. Empty: at the workspace itself."""
+    account: Name = "c2d-algorithm"
+    pull_secrets: tuple[Name, ...] = ()
+    """Names of the secrets with credentials for registries."""
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[dict[str, Any], ...] = ()
+    runtime_class: str = ""
+    runtime_class_offline: str = ""
+    """For runs that may have no network. Empty: as for the others."""
+    gpu_resource: str = "nvidia.com/gpu"
+    wait_seconds: Annotated[int, Field(ge=0, le=CENTURY)] = 0
+    """For a place on a node. 0: as long as a job may wait for its turn."""
 
 
 class ComputeEnvironment(Block):
@@ -57,9 +88,12 @@ class ComputeEnvironment(Block):
         description="The same: JSON file of its base job template, relative to the file that defines the environment; "
         "empty: that of the worker type.",
     )
-    runner: Literal["process", "docker"] = Field(
+    runner: Literal["process", "docker", "kubernetes"] = Field(
         default="process",
-        description="How an algorithm is shut in: as a sandboxed process, or as a container of a Docker engine.",
+        description=(
+            "How an algorithm is shut in: as a sandboxed process, as a container of a Docker engine, "
+            "or as a Job of a Kubernetes cluster."
+        ),
     )
     allow_unsandboxed: bool = Field(
         default=False,
@@ -81,6 +115,10 @@ class ComputeEnvironment(Block):
     gpu_devices: tuple[str, ...] = Field(
         default=(),
         description="The engine's GPUs for its jobs, by number or UUID, in no other environment; empty: the first.",
+    )
+    kubernetes: KubernetesPlace = Field(
+        default=KubernetesPlace(),
+        description="The cluster, and where and how its Jobs are run.",
     )
     pull: Literal["always", "missing", "never"] = Field(
         default="missing",
@@ -163,6 +201,10 @@ class ComputeEnvironment(Block):
             raise ValueError(f"gpu_devices names {len(self.gpu_devices)} GPUs; the offer has {self.offer.all_gpus}")
         if self.gpu_devices and self.runner != "docker":
             raise ValueError("gpu_devices is for the runner docker only")
+        if self.runner != "kubernetes" and self.kubernetes != KubernetesPlace():
+            raise ValueError("kubernetes is for the runner kubernetes only")
+        if self.runner == "kubernetes" and self.registries.get_secret_value():
+            raise ValueError("registries is for the runner docker only; name the cluster's secrets in pull_secrets")
         if self.runner != "process" and (self.allow_unsandboxed or self.system or self.path):
             raise ValueError("allow_unsandboxed, system and path are for the runner process only")
         return self
@@ -218,6 +260,30 @@ class ComputeEnvironment(Block):
                 gpus=self.gpu_devices or tuple(map(str, range(self.offer.all_gpus))),
                 gpu_turn=self.workspace_root() / f"{self.offer.id}.gpus",
                 gpu_seconds=self.offer.max_wait or CENTURY,
+            )
+        if self.runner == "kubernetes":
+            from blocks.pods import KubernetesRunner  # noqa: PLC0415 - a second that few need
+
+            place = self.kubernetes
+            return KubernetesRunner(
+                namespace=place.namespace,
+                claim=place.claim,
+                mount=place.mount or str(self.workspace_root()),
+                block=place.cluster,
+                context=place.context,
+                account=place.account,
+                pull=self.pull,
+                pull_secrets=place.pull_secrets,
+                node_selector=place.node_selector,
+                tolerations=place.tolerations,
+                runtime_class=place.runtime_class,
+                runtime_class_offline=place.runtime_class_offline,
+                gpu_resource=place.gpu_resource,
+                scratch_bytes=self.scratch_bytes,
+                wait_seconds=place.wait_seconds or self.offer.max_wait or CENTURY,
+                pull_seconds=self.offer.fetch.seconds_total,
+                # Two services of one namespace have two folders on the claim, and two workers of one service the same.
+                service=str(self.workspace_root()),
             )
         return ProcessRunner(system=self.system, path=self.path, allow_unsandboxed=self.allow_unsandboxed)
 

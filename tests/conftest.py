@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cli.service import Service
     from tests.docker_engine import Engine, Registry
     from tests.file_server import FileServer
+    from tests.kubernetes_cluster import Cluster
 
 DEFINITIONS: Final = Path(__file__).parent / "prefect.yaml"
 """The environments of every service started here; in ``unattended`` no worker ever takes a job."""
@@ -99,6 +100,15 @@ def engine() -> Iterator[Engine]:
 
     # A short path: its socket is in it.
     with tempfile.TemporaryDirectory(prefix="c2d-docker-") as folder, docker_engine(Path(folder)) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Kubernetes cluster of its own, with one node. For tests marked ``kubernetes``."""
+    from tests.kubernetes_cluster import kubernetes_cluster
+
+    with tempfile.TemporaryDirectory(prefix="c2d-k8s-") as folder, kubernetes_cluster(Path(folder)) as started:
         yield started
 
 

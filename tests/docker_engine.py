@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -103,12 +104,24 @@ class Engine:
         return sorted(volume.name for volume in self.client.volumes.list())
 
 
-@contextmanager
-def docker_engine(folder: Path, *, programs: Path | None = None, **configuration: Any) -> Iterator[Engine]:
-    """
-    An engine with IMAGE in it, without networks but ``none`` and ``host``. It finds what is in *programs*, too.
+NO_BRIDGE: Final = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")
 
-    *folder* has to have a short path: a socket's may have 107 characters.
+
+@contextmanager
+def docker_engine(
+    folder: Path,
+    *,
+    programs: Path | None = None,
+    within: Sequence[str] = (),
+    network: Sequence[str] = NO_BRIDGE,
+    **configuration: Any,
+) -> Iterator[Engine]:
+    """
+    An engine with IMAGE in it; by default without networks but ``none`` and ``host``. It finds what is in *programs*,
+    too.
+
+    *folder* has to have a short path: a socket's may have 107 characters. *within* is a command that starts another
+    one where the engine is to be, such as ``nsenter``, and *network* tells the engine what it finds there.
     """
     assert os.geteuid() == 0, "a Docker engine of one's own needs root: sudo make test-docker"
     assert shutil.which("dockerd"), "there is no dockerd: scripts/install-docker installs it"
@@ -122,6 +135,7 @@ def docker_engine(folder: Path, *, programs: Path | None = None, **configuration
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
+                *within,
                 "dockerd",
                 *("--config-file", folder / "daemon.json", "--host", f"unix://{folder}/docker.sock"),
                 *("--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "docker.pid"),
@@ -129,7 +143,7 @@ def docker_engine(folder: Path, *, programs: Path | None = None, **configuration
                 *("--containerd-namespace", folder.name, "--containerd-plugins-namespace", f"{folder.name}-plugins"),
                 # Else an engine beside systemd has groups of that, with other names.
                 *("--exec-opt", "native.cgroupdriver=cgroupfs"),
-                *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"),
+                *network,
             ],
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -266,8 +280,11 @@ def published(engine: Engine, registry: Registry, *, python: bool = False, **fil
 
 
 @contextmanager
-def docker_registry(folder: Path) -> Iterator[Registry]:
-    """A registry that keeps its images in *folder*, on a free loopback port."""
+def docker_registry(folder: Path, *, within: Sequence[str] = ()) -> Iterator[Registry]:
+    """
+    A registry that keeps its images in *folder*, on a free loopback port. *within* is a command that starts another one
+    where the engine is.
+    """
     port = free_port()
     (folder / "htpasswd").write_text(_HTPASSWD)
     configuration = {
@@ -279,10 +296,14 @@ def docker_registry(folder: Path) -> Iterator[Registry]:
     (folder / "registry.json").write_text(json.dumps(configuration))  # JSON is YAML
     with (folder / "registry.log").open("wb") as output:
         process = subprocess.Popen(
-            ["docker-registry", "serve", folder / "registry.json"], stdout=output, stderr=subprocess.STDOUT
+            [*within, "docker-registry", "serve", folder / "registry.json"], stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        until_answered(f"http://127.0.0.1:{port}/")
+        if within:
+            asks = f"from cli.service import until_answered; until_answered('http://127.0.0.1:{port}/')"
+            subprocess.run([*within, sys.executable, "-c", asks], check=True, timeout=120)
+        else:
+            until_answered(f"http://127.0.0.1:{port}/")
         yield Registry(f"127.0.0.1:{port}")
     finally:
         process.terminate()

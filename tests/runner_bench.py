@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from blocks.limits import MIB, Limits
+from blocks.pods import KubernetesRunner
 from blocks.process import ProcessRunner
 from blocks.run_folder import NOBODY
 from blocks.runner import Execution, ExitReport, Folders, Image, Runner
@@ -36,6 +37,15 @@ class Bench:
     @property
     def in_container(self) -> bool:
         return not isinstance(self.runner, ProcessRunner | Dropped)
+
+    @property
+    def in_pod(self) -> bool:
+        return isinstance(self.runner, KubernetesRunner)
+
+    @property
+    def slack(self) -> float:
+        """Seconds a runner may be late: what a cluster is told it does when it comes to it."""
+        return 8.0 if self.in_pod else 0.0
 
     @property
     def caller_uid(self) -> int:

@@ -327,7 +327,7 @@ def test_a_flow_whose_process_is_killed_goes_on(docker_pool: DockerPool) -> None
 
     def over(job: dict[str, Any]) -> bool:
         ended.extend([job] if job["dateFinished"] is not None else [])
-        return job["status"] == COMPLETED
+        return bool(job["status"] == COMPLETED)
 
     job = docker_pool.consumer.wait(job_id, over)
     assert [job] == ended

@@ -31,18 +31,24 @@ SANDBOXES = {
 PLAIN = ProcessRunner(bwrap=NO_SANDBOX, allow_unsandboxed=True)
 
 DOCKER = "docker"
-"""Stands for a runner on the engine that the session starts; ``runner`` makes one of it."""
+KUBERNETES = "kubernetes"
+"""Stand for a runner on the engine or the cluster that the session starts; ``runner`` makes one of it."""
 
 every_sandbox = [
     *(pytest.param(r, id=name, marks=pytest.mark.sandbox) for name, r in SANDBOXES.items()),
     pytest.param(DOCKER, id=DOCKER, marks=pytest.mark.docker),
+    pytest.param(KUBERNETES, id=KUBERNETES, marks=pytest.mark.kubernetes),
 ]
 every_runner = [*every_sandbox, pytest.param(PLAIN, id="plain")]
 
 
 @pytest.fixture
 def runner(request: pytest.FixtureRequest) -> Runner:
-    made: Runner = request.getfixturevalue("engine").runner() if request.param == DOCKER else request.param
+    made: Runner = request.param
+    if request.param == DOCKER:
+        made = request.getfixturevalue("engine").runner()
+    elif request.param == KUBERNETES:
+        made = request.getfixturevalue("cluster").runner()
     return made
 
 
@@ -109,7 +115,7 @@ def test_deadline_asks_first_and_is_kept(any_bench: Bench) -> None:
     """
     report = any_bench.sh(script, seconds=0.7)
     assert (Ending.TIMED_OUT, None) == (report.ending, report.code)
-    assert 0.7 <= report.seconds < 1.7
+    assert 0.7 <= report.seconds < 1.7 + any_bench.slack
     assert "cleaned\n" == (any_bench.outputs / "last").read_text()
 
 
@@ -118,7 +124,7 @@ def test_deadline_holds_against_one_that_ignores_it(any_bench: Bench) -> None:
     script = "trap '' TERM HUP INT; (setsid sleep 98761 &); while :; do sleep 0.1; done"
     report = any_bench.sh(script, seconds=0.5)
     assert Ending.TIMED_OUT is report.ending
-    assert report.seconds < 1.5
+    assert report.seconds < 1.5 + any_bench.slack
     assert "0.5 s" in report.detail
     assert not sleepers("98761")
 
@@ -129,7 +135,7 @@ def test_a_stop_ends_the_run(any_bench: Bench) -> None:
     asked: list[float] = []
 
     def ask() -> None:
-        eventually((any_bench.outputs / "begun").exists)
+        eventually((any_bench.outputs / "begun").exists, 30)
         asked.append(time.monotonic())
         stop.set()
 
@@ -139,7 +145,7 @@ def test_a_stop_ends_the_run(any_bench: Bench) -> None:
     report = any_bench.sh(script, seconds=30, stop=stop)
     thread.join()
     assert (Ending.STOPPED, None) == (report.ending, report.code)
-    assert time.monotonic() - asked[0] < 2
+    assert time.monotonic() - asked[0] < 2 + any_bench.slack
 
 
 ALLOCATE = """\
@@ -219,6 +225,8 @@ def test_memory_in_scratch_counts(sandbox: Bench) -> None:
 )
 def test_disk_is_limited(any_bench: Bench, script: str) -> None:
     """Whatever way an algorithm writes more than it may, it ends as out of disk."""
+    if any_bench.in_pod and "gone" in script:
+        pytest.skip("what has no name on a claim is seen by its node alone")
     report = any_bench.python(script, disk_bytes=16 * MIB)
     assert (Ending.DISK_FULL, None) == (report.ending, report.code)
     assert "16 MiB" in report.detail
@@ -242,7 +250,7 @@ def test_fork_bomb_is_bounded(sandbox: Bench) -> None:
     ends: list[ExitReport] = []
     thread = threading.Thread(target=lambda: ends.append(sandbox.python(script, processes=40)))
     thread.start()
-    assert eventually(lambda: "bounded" in sandbox.log)
+    assert eventually(lambda: "bounded" in sandbox.log, 30)
     subprocess.run(["true"], check=True)
     thread.join()
     assert ends[0].ok, sandbox.log
@@ -259,7 +267,7 @@ def test_log_is_there_as_it_comes(any_bench: Bench) -> None:
     ends: list[ExitReport] = []
     thread = threading.Thread(target=lambda: ends.append(any_bench.runner.run(execution)))
     thread.start()
-    assert eventually(lambda: any_bench.log == "first\nsecond\n")
+    assert eventually(lambda: any_bench.log == "first\nsecond\n", 30)
     any_bench.folders.inputs.joinpath("go").touch()
     thread.join()
     assert ends[0].ok
@@ -299,7 +307,9 @@ def test_nothing_survives_the_run(any_bench: Bench) -> None:
 def test_killed_caller_takes_the_algorithm_along(runner: Runner, root: Path, request: pytest.FixtureRequest) -> None:
     """SIGKILL of the caller ends the algorithm, and the same run can be repeated after it."""
     here = bench(runner, root)
-    seconds = {name: str(98770 + n) for n, name in enumerate([*SANDBOXES, DOCKER, "plain"])}[request.node.callspec.id]
+    seconds = {name: str(98770 + n) for n, name in enumerate([*SANDBOXES, DOCKER, KUBERNETES, "plain"])}[
+        request.node.callspec.id
+    ]
     children = "" if runner is PLAIN else f"sleep {seconds} & setsid sleep {seconds} &"
     execution = here.execution(f"{children} exec sleep {seconds}", entrypoint="exec sh $ALGO")
     command, environment = caller(runner)
@@ -307,10 +317,10 @@ def test_killed_caller_takes_the_algorithm_along(runner: Runner, root: Path, req
     assert process.stdin is not None
     with process.stdin as pipe:
         pipe.write(pickle.dumps((runner.runner if isinstance(runner, Dropped) else runner, execution)))
-    assert eventually(lambda: len(sleepers(seconds)) == (1 if runner is PLAIN else 3))
+    assert eventually(lambda: len(sleepers(seconds)) == (1 if runner is PLAIN else 3), 30)
     process.kill()
     process.wait()
-    assert eventually(lambda: not sleepers(seconds), 2)
+    assert eventually(lambda: not sleepers(seconds), 2 + here.slack)
     assert here.sh("echo again").ok
     assert not list(Path("/sys/fs/cgroup").rglob(f"*{here.name}"))
 
@@ -345,6 +355,29 @@ def test_links_in_outputs_stay_links(any_bench: Bench) -> None:
     assert 4 == sum(path.is_symlink() for path in any_bench.outputs.iterdir())
     for path, mode in ((secret, 0o400), (folder, 0o500)):
         assert (any_bench.caller_uid, mode) == (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode))
+
+
+def test_an_output_replaced_by_a_link_to_a_secret(any_bench: Bench) -> None:
+    """What was a file when it was written, and then a link to one of the service's, comes back as the link it is."""
+    secret = any_bench.root / "secret"
+    secret.write_text("mine")
+    secret.chmod(0o600)
+    script = f"""\
+        import os
+        os.chdir(os.environ["OUTPUTS"])
+        for name in ("result", "folder/result"):
+            os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+            open(name, "w").write("x")
+            os.symlink({str(secret)!r}, name + ".new")
+            os.replace(name + ".new", name)
+        os.rename("folder", "kept")
+        os.symlink({str(secret.parent)!r}, "folder")
+    """
+    assert any_bench.python(script).ok, any_bench.log
+    for name in ("result", "kept/result", "folder"):
+        assert (any_bench.outputs / name).is_symlink()
+    assert (any_bench.caller_uid, 0o600) == (secret.stat().st_uid, stat.S_IMODE(secret.stat().st_mode))
+    assert "mine" == secret.read_text()
 
 
 def test_outputs_that_are_no_files_do_not_hold_the_run(any_bench: Bench) -> None:
@@ -456,11 +489,16 @@ def test_network_is_refused(sandbox: Bench) -> None:
                 sys.exit(f"reached {address}")
             except OSError as error:
                 print(error.errno)
-        assert sorted(name for _, name in socket.if_nameindex()) == ["lo"], socket.if_nameindex()
+        others = {name for _, name in socket.if_nameindex()} - {"lo"}
+        assert not others or "MAY_HAVE_OTHERS" in os.environ, others
     """
+    # What pods have a cluster decides; see the tests of what is particular to it.
+    variables = {"MAY_HAVE_OTHERS": "yes"} if sandbox.in_pod else {}
     with socket.create_server(("127.0.0.1", 0)) as server:
         sandbox.folders.inputs.joinpath("port").write_text(str(server.getsockname()[1]))
-        assert sandbox.python(script).ok, sandbox.log
+        assert sandbox.runner.run(sandbox.execution(script, variables=variables)).ok, sandbox.log
+        if sandbox.in_pod:
+            return
         execution = sandbox.execution(script, network=True)
         assert not sandbox.runner.run(execution).ok
     assert "reached ('127.0.0.1'" in sandbox.log
@@ -478,7 +516,7 @@ def test_machine_cannot_be_read(sandbox: Bench) -> None:
         done
         cat {secret} /etc/shadow 2>/dev/null
         cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -E 'PYTEST|VIRTUAL_ENV'
-        ls /proc | grep -c '^[0-9]' | grep -vE '^[1-9]$'
+        ls /proc | grep -c '^[0-9]' | grep -vE '^1?[0-9]$'
         grep -l c2d-secret -r /tmp /data/inputs /data/logs 2>/dev/null
         ls -d {sys.prefix} 2>/dev/null
         exit 0
