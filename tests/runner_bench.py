@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 import uuid
@@ -114,8 +115,13 @@ def eventually(true: Callable[[], bool], seconds: float = 5.0) -> bool:
     return True
 
 
+def a_long_time() -> str:
+    """Seconds, more than a test takes, that no other test sleeps for."""
+    return str(random.randrange(10**6, 10**9))
+
+
 def sleepers(seconds: str) -> list[psutil.Process]:
-    """Processes that sleep for a time no other test chose."""
+    """Processes on this machine that sleep for a time no other test chose."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):

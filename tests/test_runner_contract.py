@@ -19,7 +19,7 @@ import pytest
 from blocks.limits import MIB
 from blocks.process import ProcessRunner
 from blocks.runner import Ending, ExitReport, Runner
-from tests.runner_bench import Bench, bench, eventually, sleepers
+from tests.runner_bench import Bench, a_long_time, bench, eventually, sleepers
 from tests.runner_support import Dropped, caller
 
 NO_SANDBOX = "no-bubblewrap-under-this-name"
@@ -121,12 +121,13 @@ def test_deadline_asks_first_and_is_kept(any_bench: Bench) -> None:
 
 def test_deadline_holds_against_one_that_ignores_it(any_bench: Bench) -> None:
     """Who ignores SIGTERM is killed with all its children, still within a second of the deadline."""
-    script = "trap '' TERM HUP INT; (setsid sleep 98761 &); while :; do sleep 0.1; done"
+    seconds = a_long_time()
+    script = f"trap '' TERM HUP INT; (setsid sleep {seconds} &); while :; do sleep 0.1; done"
     report = any_bench.sh(script, seconds=0.5)
     assert Ending.TIMED_OUT is report.ending
     assert report.seconds < 1.5 + any_bench.slack
     assert "0.5 s" in report.detail
-    assert not sleepers("98761")
+    assert not sleepers(seconds)
 
 
 def test_a_stop_ends_the_run(any_bench: Bench) -> None:
@@ -299,17 +300,16 @@ def test_a_closed_stdout_is_no_end(any_bench: Bench) -> None:
 
 def test_nothing_survives_the_run(any_bench: Bench) -> None:
     """Children left behind in sessions of their own are dead when run returns."""
-    assert any_bench.sh("setsid sleep 98762 & (setsid nohup sleep 98762 &) ; sleep 0.2").ok
-    assert not sleepers("98762")
+    seconds = a_long_time()
+    assert any_bench.sh(f"setsid sleep {seconds} & (setsid nohup sleep {seconds} &) ; sleep 0.2").ok
+    assert not sleepers(seconds)
 
 
 @pytest.mark.parametrize("runner", every_runner, indirect=True)
-def test_killed_caller_takes_the_algorithm_along(runner: Runner, root: Path, request: pytest.FixtureRequest) -> None:
+def test_killed_caller_takes_the_algorithm_along(runner: Runner, root: Path) -> None:
     """SIGKILL of the caller ends the algorithm, and the same run can be repeated after it."""
     here = bench(runner, root)
-    seconds = {name: str(98770 + n) for n, name in enumerate([*SANDBOXES, DOCKER, KUBERNETES, "plain"])}[
-        request.node.callspec.id
-    ]
+    seconds = a_long_time()
     children = "" if runner is PLAIN else f"sleep {seconds} & setsid sleep {seconds} &"
     execution = here.execution(f"{children} exec sleep {seconds}", entrypoint="exec sh $ALGO")
     command, environment = caller(runner)
