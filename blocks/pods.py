@@ -1015,5 +1015,5 @@ def _words(error: object) -> str:
         text = told[1].replace('\\"', '"') if told else f"{error.status} {error.reason}"
     text = re.sub(r"rpc error: code = \w+ desc = |Error response from daemon: ", "", text)
     # An address may hold a password, or a signature in its query.
-    text = re.sub(r"\b[a-z]+://[^\s"']+", "(address)", text)
+    text = re.sub(r"\b[a-z]+://[^\s\"']+", "(address)", text)
     return without_paths(text.strip() or type(error).__name__)
