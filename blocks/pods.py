@@ -831,7 +831,7 @@ class _Eye:
                 if waiting.reason == "ImagePullBackOff":
                     # It says only that there was a failure.
                     words = await self._warning(f"uid={self._pod}", "Failed", "Failed to pull") or words
-                words = words.removeprefix(f'Failed to pull image "{self._image}": ')
+                words = words.removeprefix(f'Failed to pull image "{self._image}": ').replace(self._image, "the image")
                 return _End(Ending.IMAGE_UNAVAILABLE, words=f"{self._image} could not be pulled: {words}")
             case "CreateContainerError" | "CreateContainerConfigError" | "RunContainerError":
                 return _End(Ending.REFUSED, words=_why_not_started(waiting.message or ""))
