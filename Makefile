@@ -9,10 +9,10 @@ ANYWHERE := not docker and not kubernetes and not gpu
 FAST := not server and not worker and not sandbox and not s3 and not postgres and not chain and not clients and $(ANYWHERE) and not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-chain up test test-docker lint check format bench chaos clean
+.PHONY: help setup demo demo-chain up test test-docker test-kubernetes lint check format bench chaos clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install everything needed into .bootstrap/ and .venv/; the other targets do it by themselves
 	@scripts/bootstrap
@@ -32,6 +32,12 @@ test: setup ## Run every test but those that need Docker or Kubernetes; more opt
 test-docker: setup ## Run the tests that need Docker, on an engine and a registry of their own; as root
 	@scripts/install-docker
 	@exec .venv/bin/pytest -m docker $(ARGS)
+
+test-kubernetes: setup ## Run the tests that need Kubernetes, on a cluster of their own; as root. Builds it at first
+	@status=0; scripts/install-kubernetes || status=$$?; \
+	if [ $$status = 75 ]; then echo "SKIPPED: every test that needs Kubernetes; see above" >&2; exit 0; fi; \
+	[ $$status = 0 ] || exit $$status; \
+	exec .venv/bin/pytest -m kubernetes $(ARGS)
 
 lint: setup ## Format, lint, types, layers
 	.venv/bin/ruff format --check

@@ -88,6 +88,9 @@ REMOVAL: Final = 120.0
 """Seconds for a Job and its pod to be gone."""
 KEPT: Final = 600
 """Seconds the cluster keeps a Job that ended and was not removed by anybody."""
+HEARD: Final = 3.0
+"""Seconds after which a node has heard that a pod is to end. What it begins for it later, because it was getting an
+image, finds no script to run."""
 SIGN: Final = 2.0
 """Seconds between two signs of life."""
 
@@ -267,19 +270,20 @@ class KubernetesRunner(Runner):
         """
         jobs, core = BatchV1Api(api), CoreV1Api(api)
         patience = time.monotonic() + REMOVAL
-        asked: set[str] = set()
+        asked: dict[str, float] = {}
         while time.monotonic() < patience:
             left = (await _insisting(jobs.list_namespaced_job, self.namespace, label_selector=labels)).items
             for job in left:
                 if job.metadata.uid not in asked:
                     await _insisting(_delete, jobs, job)
-                    asked.add(job.metadata.uid)
+                    asked[job.metadata.uid] = time.monotonic()
             pods = (await _insisting(core.list_namespaced_pod, self.namespace, label_selector=labels)).items
             if not pods and not left:
                 return
             # Of a Job without a pod one may be about to be made.
             made = {job.metadata.name for job in left} <= {pod.metadata.labels.get("job-name") for pod in pods}
-            if made and not gone and all(map(_is_over, pods)):
+            known = time.monotonic() - max(asked.values(), default=0.0) > HEARD
+            if made and not gone and all(_is_over(pod, known) for pod in pods):
                 return
             await asyncio.sleep(2 * TICK)
         raise TimeoutError("a Job cannot be removed from the Kubernetes cluster")
@@ -714,7 +718,7 @@ class _SignsOfLife:
 async def _looking(api: ApiClient, namespace: str, job: Mapping[str, Any]) -> AsyncIterator[_Sight]:
     """While this lasts, look at a Job every now and then. An API server that is away is only waited for."""
     sight = _Sight()
-    eye = _Eye(CoreV1Api(api), BatchV1Api(api), namespace, job["metadata"]["name"], job["metadata"]["labels"])
+    eye = _Eye(CoreV1Api(api), BatchV1Api(api), namespace, job)
 
     async def look() -> None:
         while True:
@@ -747,12 +751,13 @@ async def _looking(api: ApiClient, namespace: str, job: Mapping[str, Any]) -> As
 class _Eye:
     """Looks at one Job; knows the pod that it saw first."""
 
-    def __init__(self, core: CoreV1Api, jobs: BatchV1Api, namespace: str, name: str, labels: Mapping[str, str]) -> None:
+    def __init__(self, core: CoreV1Api, jobs: BatchV1Api, namespace: str, job: Mapping[str, Any]) -> None:
         self._core = core
         self._jobs = jobs
         self._namespace = namespace
-        self._name = name
-        self._labels = ",".join(f"{key}={labels[key]}" for key in (SERVICE, TRY))
+        self._name = job["metadata"]["name"]
+        self._labels = ",".join(f"{key}={job['metadata']['labels'][key]}" for key in (SERVICE, TRY))
+        self._image = job["spec"]["template"]["spec"]["containers"][0]["image"]
         self._pod = ""
         self._begun = False
         self._over_since: float | None = None
@@ -826,7 +831,8 @@ class _Eye:
                 if waiting.reason == "ImagePullBackOff":
                     # It says only that there was a failure.
                     words = await self._warning(f"uid={self._pod}", "Failed", "Failed to pull") or words
-                return _End(Ending.IMAGE_UNAVAILABLE, words=f"the image could not be pulled: {words}")
+                words = words.removeprefix(f'Failed to pull image "{self._image}": ').replace(self._image, "the image")
+                return _End(Ending.IMAGE_UNAVAILABLE, words=f"{self._image} could not be pulled: {words}")
             case "CreateContainerError" | "CreateContainerConfigError" | "RunContainerError":
                 return _End(Ending.REFUSED, words=_why_not_started(waiting.message or ""))
         return None
@@ -853,11 +859,13 @@ _KILLED: Final = _End(Ending.EXITED, 128 + signal.SIGKILL)
 """Of a run whose Job or pod somebody has removed."""
 
 
-def _is_over(pod: Any) -> bool:
-    """Whether nothing of it runs, nor will."""
+def _is_over(pod: Any, known: bool) -> bool:
+    """Whether nothing of a pod that is to end runs, nor will; *known*: that it is to, by its node."""
     states = [each.state for each in pod.status.container_statuses or ()]
-    # A pod that is to be ended can be told to have failed before that is done.
-    return all(state.terminated for state in states) if states else pod.status.phase in ("Succeeded", "Failed")
+    if not states:
+        return known and pod.status.phase in ("Succeeded", "Failed")
+    # A pod can be told to have failed before its containers have ended.
+    return all(state.terminated for state in states) or (known and not any(state.running for state in states))
 
 
 def _of_pod(status: Any, *, begun: bool) -> _End:
@@ -1005,5 +1013,7 @@ def _words(error: object) -> str:
     if isinstance(error, ApiException):
         told = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', str(error.body or ""))
         text = told[1].replace('\\"', '"') if told else f"{error.status} {error.reason}"
+    text = re.sub(r"rpc error: code = \w+ desc = |Error response from daemon: ", "", text)
     # An address may hold a password, or a signature in its query.
-    return without_paths(re.sub(r"\b[a-z]+://\S+", "(address)", text.strip() or type(error).__name__))
+    text = re.sub(r"\b[a-z]+://[^\s\"']+", "(address)", text)
+    return without_paths(text.strip() or type(error).__name__)

@@ -96,8 +96,9 @@ def pods_of(cluster: Cluster, here: Bench) -> list[dict[str, Any]]:
 
 
 def forget(cluster: Cluster, image: Image) -> None:
-    """The cluster takes some seconds to do so itself."""
+    """A node keeps the containers of a pod that is gone for a minute."""
     assert eventually(lambda: not cluster.pods(), 60)
+    cluster.engine.client.containers.prune()
     cluster.engine.forget(image)
 
 
@@ -278,7 +279,7 @@ def test_a_missing_image_is_told(cluster: Cluster, node_registry: Registry, root
         "checksum": Image(image.name, image.tag, ABSENT),
         "registry": Image("127.0.0.1:9/study"),
     }.get(absent, image)
-    report = here.sh("echo started", seconds=60)
+    report = here.sh("echo started", cpus=0.05)
     assert (Ending.IMAGE_UNAVAILABLE, None, "") == (report.ending, report.code, here.log)
     words = {
         "tag": "not found",
@@ -289,7 +290,6 @@ def test_a_missing_image_is_told(cluster: Cluster, node_registry: Registry, root
     }
     assert words[absent] in report.detail, report.detail
     assert PASSWORD not in report.detail
-    forget(cluster, image)
 
 
 @pytest.mark.parametrize("name", ["c2d-tests/python:3", "127.0.0.1:5/x:y", "UPPER", "a//b"])
@@ -424,16 +424,14 @@ def test_a_runtime_of_its_own_for_those_without_network(start: Start, cluster: C
 
 def test_who_kills_what_watches_it_is_ended_all_the_same(here: Bench) -> None:
     """By this side, a little later."""
-    report = here.python(
-        """\
+    script = """\
         import os, signal, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.kill(-1, signal.SIGKILL)
         print("alone", flush=True)
         time.sleep(98786)
-        """,
-        seconds=2,
-    )
+    """
+    report = here.runner.run(here.execution(script, entrypoint="exec python3 $ALGO", limits={"seconds": 2}))
     assert "alone\n" == here.log
     assert (Ending.TIMED_OUT, None) == (report.ending, report.code)
 
@@ -679,19 +677,9 @@ def test_another_volume_is_no_claim(cluster: Cluster, root: Path) -> None:
 def may(cluster: Cluster, account: str, *what: str, namespace: str = NAMESPACE) -> bool:
     """Whether it may, as the API server says."""
     config = str(cluster.folder / "admin.kubeconfig")
+    who = f"system:serviceaccount:{NAMESPACE}:{account}"
     asked = subprocess.run(
-        [
-            "kubectl",
-            "--kubeconfig",
-            config,
-            "auth",
-            "can-i",
-            *what,
-            "-n",
-            namespace,
-            "--as",
-            f"system:serviceaccount:{NAMESPACE}:{account}",
-        ],
+        ["kubectl", "--kubeconfig", config, "auth", "can-i", *what, "-n", namespace, "--as", who],
         capture_output=True,
         text=True,
         check=False,
