@@ -124,9 +124,6 @@ STOP_DEADLINE: Final = 15
 BEGINNING: Final = 2.0
 """Seconds that a stop leaves to a job which a worker has taken and not begun, for its process to hear of it."""
 
-HEADSTART: Final = 0.3
-"""Seconds that a stop of a job in several environments waits for the job's own run before it ends its stages."""
-
 LOOK_AGAIN: Final = 0.25
 """Seconds between two looks at a job that is being stopped."""
 
@@ -662,12 +659,10 @@ class PrefectJobs(Jobs):
         if not spread:
             await self._cancel(run_id)
             return
-        going = asyncio.create_task(self._cancel(run_id))
-        try:
-            await asyncio.wait([going], timeout=HEADSTART)
-            await self._cancel_stages(run_id)
-        finally:
-            await going
+        takes_a_while = await self._ask_to_end(run_id)
+        with suppress(ObjectNotFound):
+            ends = [self._gone(run_id)] if takes_a_while else []
+            await asyncio.gather(self._cancel_stages(run_id), *ends)
         # Begun by a request that was on its way when the stop came.
         await self._cancel_stages(run_id)
 
@@ -700,6 +695,12 @@ class PrefectJobs(Jobs):
     async def _cancel(self, run_id: UUID) -> None:
         # A job that is not gone at the end tells how far it is, with stopreq set; or it was deleted meanwhile.
         with suppress(ObjectNotFound):
+            if await self._ask_to_end(run_id):
+                await self._gone(run_id)
+
+    async def _ask_to_end(self, run_id: UUID) -> bool:
+        """Whether it takes a while: it has a process, or is about to have one."""
+        with suppress(ObjectNotFound):
             run = await self._client.read_flow_run(run_id)
             if run.state is None or run.state.is_scheduled():
                 answer = await self._client.set_flow_run_state(run_id, taken_out_of_the_queue(STOPPED_IN_QUEUE))
@@ -707,13 +708,14 @@ class PrefectJobs(Jobs):
                     # It has no process that could end it: left to Prefect, one that was handed back once, and so still
                     # bears the number of a process, would be cancelling for ever.
                     await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE))
-                    return
+                    return False
             elif run.state.is_final():
                 if goes_on(run, await self._blocks()):
                     await self._client.set_flow_run_state(run_id, Cancelled(message=STOPPED_IN_QUEUE), force=True)
-                return
+                return False
             await self._client.set_flow_run_state(run_id, Cancelling(message="stopped on request"))
-            await self._gone(run_id)
+            return True
+        return False
 
     async def _gone(self, run_id: UUID) -> None:
         """
