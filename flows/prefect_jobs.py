@@ -668,7 +668,9 @@ class PrefectJobs(Jobs):
 
     async def _cancel_stages(self, run_id: UUID) -> None:
         runs = (await self._stage_runs([run_id])).get(run_id, {})
-        await asyncio.gather(*(self._cancel(run.id) for run in runs.values() if not _has_ended(run)))
+        # One that has crashed may be about to go on.
+        live = [run.id for run in runs.values() if not _has_ended(run) or told_as_crashed(run.state)]
+        await asyncio.gather(*map(self._cancel, live))
 
     async def _stage_runs(self, run_ids: Sequence[UUID]) -> dict[UUID, dict[int, FlowRun]]:
         """The runs that do stages of these jobs, by job and the stage's index."""
