@@ -379,12 +379,8 @@ class KubernetesRunner(Runner):
             # Its root is read-only, it prints nothing, and its scratch is memory.
             "ephemeral-storage": "64Mi",
         }
-        given: dict[str, str] = {}
         if limits.gpus:
             resources[self.gpu_resource] = str(limits.gpus)
-        else:
-            # An image may ask for all there are, and some nodes give them to it.
-            given[_GPUS] = "void"
         containers = [
             # First, so that an algorithm never waits for it.
             _container(
@@ -413,7 +409,9 @@ class KubernetesRunner(Runner):
         ]
         for container in containers:
             container["image"] = execution.image.reference
-            container["env"] = [{"name": name, "value": value} for name, value in given.items()]
+            # An image may ask for all there are, and some nodes give them to it.
+            given = container["name"] == _ALGORITHM and limits.gpus
+            container["env"] = [] if given else [{"name": _GPUS, "value": "void"}]
             container["imagePullPolicy"] = {"always": "Always", "missing": "IfNotPresent", "never": "Never"}[self.pull]
         begins = ceil(self.pull_seconds + limits.seconds + PATIENCE)
         pod: dict[str, Any] = {
