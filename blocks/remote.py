@@ -285,9 +285,12 @@ def _of_whole(response: aiohttp.ClientResponse, ask: _Ask, limits: FetchLimits) 
         response.close()
         raise Unreachable("answered with a part of it only")
     stream = HttpStream(response, limits)
+    # Of what one read brings, no part will be asked for: thousands of small files are spared this.
+    if response.status != OK or stream.size is None or stream.size <= CHUNK:
+        return stream
     units = response.headers.get("Accept-Ranges", "").strip().lower()
     same = validator(response.headers)
-    if response.status == OK and stream.size is not None and same is not None and units != "none":
+    if same is not None and units != "none":
         stream.parts = _HttpParts(ask, stream.size, same, limits, side_by_side=units == "bytes")
     return stream
 
