@@ -735,6 +735,9 @@ _WORDS: Final[tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, bo
     (aiohttp.ClientOSError, "closed the connection", True),
 )
 
+# By name: botocore takes a second to import, and few environments need it.
+_DAMAGED: Final = frozenset({"FlexibleChecksumError", "ChecksumError"})
+
 
 async def in_words(remote: Awaitable[T], limits: FetchLimits, at: str = "") -> T:
     """
@@ -770,6 +773,8 @@ def _described(error: Exception, limits: FetchLimits) -> Unreachable:
         if isinstance(cause, kinds):
             text = words.format(connect=limits.seconds_to_connect, silent=limits.seconds_silent)
             return Unreachable(text, transient=transient or _resolver_is_busy(cause))
+    if type(cause).__name__ in _DAMAGED:
+        return Unreachable("arrived damaged", transient=True)
     return Unreachable(f"could not be read ({type(cause).__name__})")
 
 

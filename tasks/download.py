@@ -181,8 +181,10 @@ class Download:
         readers = min(self.limits.connections_per_host, -(-size // SMALLEST)) if many else 1
         segments = Segments(size, cuts(size, readers) if many else [(0, size)], parts.grain)
         reading = _Reading(self, parts, sink, segments, readers)
-        if parts.from_the_start:
+        if trouble or parts.from_the_start:
+            # It holds a connection, which may be the only one there is.
             await stream.close()
+        if parts.from_the_start:
             await reading.run(None, b"", failed=0)
         else:
             await reading.run(None if trouble else stream, first, failed=self.tried if trouble else 0)

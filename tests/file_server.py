@@ -20,10 +20,7 @@ from blocks.limits import FetchLimits
 CHUNK = 256 * 1024
 
 Ranges = Literal["given", "ignored", "shifted", "short", "renamed"]
-"""
-What comes of a request for a range: that part; the whole file with 200; another part under the same name; less than is
-said; that part, of another content.
-"""
+"""What comes of a request for a range: that part; the whole file; another part; half of it; that of another content."""
 
 LOOPBACK = FetchLimits(networks=("127.0.0.0/8",), seconds_to_connect=5, seconds_silent=5, seconds_total=60)
 """Limits under which a ``FileServer`` may be fetched from."""
@@ -157,7 +154,7 @@ class FileServer:
         *redirect_to* with a *status* redirects with that one. *methods*: others are answered 405. *wants*: requests
         without these headers are answered 401. *drop_times*: so many connections are cut, the later ones not; all, if
         it is not given. *at_most*: more requests than these at the same time are answered 429. An ``If-Range`` that is
-        not the ETag in *headers* gets the whole file.
+        not the ETag or Last-Modified in *headers* gets the whole file.
         """
         path = f"/{name or next(self._names)}"
         self._answers.pop(path, None)
@@ -238,7 +235,8 @@ class FileServer:
     async def _send(self, request: web.Request, file: _File) -> web.StreamResponse:
         asked = request.http_range
         partial = asked.start is not None and file.ranges != "ignored"
-        if request.headers.get("If-Range", file.headers.get("ETag")) != file.headers.get("ETag"):
+        current = file.headers.get("ETag") or file.headers.get("Last-Modified")
+        if request.headers.get("If-Range", current) != current:
             partial = False
         if partial and (asked.start or 0) >= file.size:
             return web.Response(status=416)
