@@ -424,9 +424,15 @@ class _PiecesOfFile(Parts):
         return tuple(info.get(name) for name in names)
 
     async def piece(self, start: int, end: int) -> bytes:
-        async with self._at_once, asyncio.timeout(self._limits.seconds_silent):
-            found: bytes = await self._remote._cat_file(self._path, start=start, end=end)
-        if len(found) > end - start:
+        try:
+            async with self._at_once, asyncio.timeout(self._limits.seconds_silent):
+                found: bytes = await self._remote._cat_file(self._path, start=start, end=end)
+        except Exception:
+            # Past the end of a shorter one, every system fails in its own way.
+            await self._confirm()
+            raise
+        if len(found) != end - start:
+            await self._confirm()
             raise NotTheSame(for_good=True)
         return found
 
