@@ -659,6 +659,10 @@ class Remotes:
 
     async def _filesystem(self, scheme: str) -> Any:
         options = dict(self._access.storage_options.get(scheme, {}))
+        if scheme in {"s3", "s3a"}:
+            # Its client has ten connections if nothing else is said.
+            pool = {"max_pool_connections": self._limits.connections_per_host}
+            options["config_kwargs"] = {**pool, **options.get("config_kwargs", {})}
         kind = fsspec.get_filesystem_class(scheme)
         if not (issubclass(kind, AsyncFileSystem) and kind.open_async is not AsyncFileSystem.open_async):
             return kind(**options)
