@@ -126,11 +126,14 @@ class Download:
     async def _attempt(self, open_file: Callable[[], Awaitable[Stream]]) -> tuple[int, str, str | None]:
         stream = await open_file()
         try:
+            if stream.size is not None:
+                self._ledger.announce(self._target, stream.size)
             first, trouble = await _block(stream)
             parts = stream.parts if self._in_parts else None
             if trouble and not (parts and trouble.transient):
                 raise trouble
-            if first and stream.size is not None:
+            if stream.size is not None:
+                # Some file systems tell it only now.
                 self._ledger.announce(self._target, stream.size)
             if len(first) < CHUNK and not trouble:
                 return await self._small(first, stream)

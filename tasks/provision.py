@@ -36,6 +36,7 @@ from tasks.results import open_regular, regular_files
 from tasks.stopping import NEVER, go_on
 from tasks.workspace import Workspace
 
+BEGUN_AT_ONCE: Final = 16
 STOP_TICK: Final = 0.25
 """Seconds between two looks at whether to stop."""
 
@@ -370,7 +371,12 @@ async def _gather(
                 if finding:
                     await asyncio.wait(finding)
                 items = lay_out([task.result() for task in finding])
-                tasks = [group.create_task(fetching.fetch(item)) for item in items]
+                tasks = []
+                for item in items:
+                    tasks.append(group.create_task(fetching.fetch(item)))
+                    if len(tasks) % BEGUN_AT_ONCE == 0:
+                        # Of thousands, the first would otherwise wait on the network until all have been begun.
+                        await asyncio.sleep(0)
                 if tasks:
                     await asyncio.wait(tasks)
                 watch.cancel()
