@@ -57,7 +57,9 @@ if TYPE_CHECKING:
 CHUNK: Final = MIB // 2
 """Bytes of one file that a read brings, about; times ``FetchLimits.connections`` is what fetching holds in memory."""
 PIECE: Final = 4 * MIB
-"""Bytes of one request to a file system; times ``FetchLimits.connections_per_host`` is what these hold in memory."""
+"""Bytes of one request to a file system, which holds them all, twice for a moment, before it hands them on."""
+MOST_PIECES: Final = 16
+"""Such requests at a time."""
 LONGEST_WAIT: Final = 30.0
 """Seconds between two tries, whatever Retry-After asks for."""
 LARGEST_REFUSAL: Final = MIB
@@ -493,7 +495,7 @@ class Remotes:
         self._opened: dict[str, Any] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._slots = asyncio.Semaphore(limits.connections)
-        self._pieces = asyncio.Semaphore(limits.connections_per_host)
+        self._pieces = asyncio.Semaphore(min(limits.connections_per_host, MOST_PIECES))
 
     def slot(self, file: FileObject) -> AbstractAsyncContextManager[Any]:
         """

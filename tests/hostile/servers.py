@@ -14,8 +14,8 @@ from typing import Final
 MIB: Final = 1024**2
 TOTAL: Final = MIB
 """Bytes that may be fetched from them in all."""
-SECONDS: Final = 2.0
-SILENT: Final = 0.5
+SECONDS: Final = 1.0
+SILENT: Final = 0.4
 
 NOT_HTTP: Final = "did not answer in proper HTTP"
 BROKE_OFF: Final = "broke off before its end"
