@@ -517,16 +517,18 @@ class Remotes:
         return await in_words(self._open(file), self._limits)
 
     async def _open(self, file: FileObject) -> Stream:
-        check_file(file, self._limits, self._access)
         match file:
+            # These two are checked as they are normalised.
             case UrlFile():
                 return await self._open_url(file)
+            case GraphqlFile():
+                return await self._open_graphql(file)
+        check_file(file, self._limits, self._access)
+        match file:
             case IpfsFile():
                 return await self._open_ipfs(file)
             case ArweaveFile():
                 return await self._open_arweave(file)
-            case GraphqlFile():
-                return await self._open_graphql(file)
             case SmartContractFile():
                 return await self._open_contract(file)
 

@@ -30,7 +30,7 @@ from blocks.assets import RemoteAsset, folder_name
 from blocks.files import FileObject, UrlFile
 from blocks.limits import FetchLimits
 from blocks.provider import AssetFile, FoundAsset, Providers, providers
-from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, remotes, tries
+from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, pause, remotes
 from tasks.download import Download, Ledger, Progress
 from tasks.results import open_regular, regular_files
 from tasks.stopping import NEVER, go_on
@@ -314,7 +314,7 @@ class _Item:
 
     @property
     def part(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.part")
+        return Path(f"{self.target}.part")
 
 
 class _Failed(Exception):
@@ -433,14 +433,18 @@ class _Fetching:
         """One file, with its tries. Every failure that is not this machine's comes out as _Failed."""
         started = time.monotonic()
         download = Download(item.target, item.part, self.ledger, self.limits, self.disk)
-        try:
-            async for attempt in tries(self.limits):
-                with attempt:
-                    async with self._slot(item.file):
-                        size, sha256, content_type = await download.attempt(partial(self._open, item.file))
-        except Unreachable as trouble:
-            words = trouble.words + (f" ({download.tried} tries)" if download.tried > 1 else "")
-        else:
-            seconds = time.monotonic() - started
-            return FetchedFile(item.input_id, item.position, size, sha256, content_type, seconds)
+        words = ""
+        while not words:
+            try:
+                async with self._slot(item.file):
+                    size, sha256, content_type = await download.attempt(partial(self._open, item.file))
+            except Unreachable as trouble:
+                waiting = pause(download.tried, trouble)
+                if not trouble.transient or download.tried >= self.limits.attempts:
+                    words = trouble.words + (f" ({download.tried} tries)" if download.tried > 1 else "")
+            else:
+                seconds = time.monotonic() - started
+                return FetchedFile(item.input_id, item.position, size, sha256, content_type, seconds)
+            if not words:
+                await asyncio.sleep(waiting)
         raise _Failed(f"{item.label}: {words}")
