@@ -58,6 +58,11 @@ CHUNK: Final = MIB // 2
 """Bytes of one file that a read brings, about; times ``FetchLimits.connections`` is what fetching holds in memory."""
 PIECE: Final = 4 * MIB
 """Bytes of one request to a file system, which holds them all, twice for a moment, before it hands them on."""
+PIECE_SILENCES: Final = 8
+"""
+What such a request may take, in ``FetchLimits.seconds_silent``: it cannot be seen whether any of it arrives, and all of
+them may share a narrow wire. Clients of stores have a timeout of their own for one that is silent.
+"""
 MOST_PIECES: Final = 16
 """Such requests at a time."""
 LONGEST_WAIT: Final = 30.0
@@ -427,7 +432,7 @@ class _PiecesOfFile(Parts):
 
     async def piece(self, start: int, end: int) -> bytes:
         try:
-            async with self._at_once, asyncio.timeout(self._limits.seconds_silent):
+            async with self._at_once, asyncio.timeout(PIECE_SILENCES * self._limits.seconds_silent):
                 found: bytes = await self._remote._cat_file(self._path, start=start, end=end)
         except Exception:
             # Past the end of a shorter one, every system fails in its own way.
