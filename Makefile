@@ -52,7 +52,7 @@ format: setup ## Format the code and sort the imports
 	.venv/bin/ruff check --select I --fix
 	.venv/bin/ruff format
 
-bench: setup ## Run the benchmarks
+bench: setup ## Run the benchmarks, or one of them: ARGS=inputs, ARGS=fetch, ARGS=jobs
 	@exec .venv/bin/python -m bench $(ARGS)
 
 chaos: setup ## Kill one part of the service after another and see what becomes of the jobs; KILLS, SEED, more in ARGS

@@ -1,20 +1,16 @@
 """
-Runs every measurement against a service started for it, prints a table, writes ``bench/RESULTS.md``.
+Runs every measurement, or those that are named, prints a table of each, writes ``RESULTS.md`` and ``results.json``.
 
 Two things are compared only within one run: machines are shared and noisy.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,6 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.fetch import fetching
+from bench.report import Row, write_section
 from blocks.files import UrlFile
 from blocks.limits import FetchLimits
 from cli.service import ROOT, Service
@@ -31,21 +29,10 @@ from tasks.provision import InputSource, fetch_inputs
 from tests.documents import stage, workflow
 from tests.file_server import FileServer
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 JOBS = 20
 INPUTS = 50
 DELAY = 0.2
 LOOPBACK = FetchLimits(networks=("127.0.0.0/8",))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure; *middle* and *worst* are of the same unit."""
-
-    what: str
-    middle: str
-    worst: str
-    how: str
 
 
 def job_latency(console: Console) -> Iterator[Row]:
@@ -146,31 +133,25 @@ def _seconds(what: str, values: list[float], how: str) -> Row:
     return Row(what, f"{statistics.median(values):.2f} s", f"{max(values):.2f} s", how)
 
 
+MEASUREMENTS: dict[str, Callable[[Console], Iterable[Row]]] = {
+    "inputs": lambda console: [*slow_inputs(console), *big_input(console)],
+    "fetch": fetching,
+    "jobs": job_latency,
+}
+
+
 def main() -> None:
     console = Console()
-    rows = [row for measure in (slow_inputs, big_input, job_latency) for row in measure(console)]
-    table = Table("measured", "median", "worst", "how")
-    for row in rows:
-        table.add_row(row.what, row.middle, row.worst, row.how)
-    console.print(table)
-    RESULTS.write_text(_markdown(rows), encoding="utf-8")
-
-
-def _markdown(rows: list[Row]) -> str:
-    memory = psutil.virtual_memory().total / 1024**3
-    versions = ", ".join(f"{name} {version(name)}" for name in ("prefect", "fastapi", "fsspec", "aiohttp", "pydantic"))
-    lines = [
-        "# Results of `make bench`",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, "
-        f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}; {versions}.",
-        "",
-        "| measured | median | worst | how |",
-        "|---|---|---|---|",
-        *(f"| {row.what} | {row.middle} | {row.worst} | {row.how} |" for row in rows),
-        "",
-    ]
-    return "\n".join(lines)
+    names = sys.argv[1:] or list(MEASUREMENTS)
+    if unknown := set(names) - set(MEASUREMENTS):
+        raise SystemExit(f"no such measurement: {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
+    for name in names:
+        rows = list(MEASUREMENTS[name](console))
+        table = Table("measured", "median", "worst", "how", title=name)
+        for row in rows:
+            table.add_row(row.what, row.middle, row.worst, row.how)
+        console.print(table)
+        write_section(name, rows)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,18 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from blocks.limits import FetchLimits
-from blocks.urls import ForbiddenUrl
+from blocks.urls import ForbiddenUrl, check_host
 
 REDIRECTS: Final = 8
 
 # Python before 3.12.4 calls most of 192.0.0.0/24 global; Oracle's metadata service lives in it.
-# 168.63.129.16 is a public address by number and hands Azure's machines their secrets.
-_NEVER: Final = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32")))
+# 168.63.129.16 is a public address by number and hands Azure's machines their secrets. 192.88.99.0/24 was that of
+# whatever 6to4 relay is nearest; 3fff::/20 is for documentation, which not every Python knows.
+_NEVER: Final = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32", "192.88.99.0/24", "3fff::/20")))
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _IPV4_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
@@ -67,8 +69,11 @@ def _unwrapped(
     return address
 
 
-def guarded_connector(limits: FetchLimits) -> aiohttp.TCPConnector:
-    """A connector that opens no socket to an address ``is_allowed`` refuses. Needs a running event loop."""
+def guarded_connector(limits: FetchLimits, resolver: AbstractResolver | None = None) -> aiohttp.TCPConnector:
+    """
+    A connector that opens no socket to an address ``is_allowed`` refuses, whatever *resolver* (None: the machine's)
+    makes of a name. Needs a running event loop.
+    """
 
     def open_socket(
         addr_info: tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[Any, ...]],
@@ -82,18 +87,21 @@ def guarded_connector(limits: FetchLimits) -> aiohttp.TCPConnector:
         limit=limits.connections,
         limit_per_host=limits.connections_per_host,
         socket_factory=open_socket,
+        resolver=resolver,
     )
 
 
-def guarded_session(limits: FetchLimits, **more: Any) -> aiohttp.ClientSession:
+def guarded_session(
+    limits: FetchLimits, resolver: AbstractResolver | None = None, **more: Any
+) -> aiohttp.ClientSession:
     """
     An HTTP client behind the guard; *more* goes to ``aiohttp.ClientSession``. Needs a running event loop.
 
-    A redirect may not leave the allowed schemes. No cookies: what one input's server sets is not told to
-    another's. Proxies and ``.netrc`` of the environment are not used: a proxy would connect where the guard
-    cannot look, and the credentials of this machine are not the consumer's.
+    A redirect may not leave the allowed schemes, nor lead to a host that is spelt as something else. No cookies: what
+    one input's server sets is not told to another's. Proxies and ``.netrc`` of the environment are not used: a proxy
+    would connect where the guard cannot look, and the credentials of this machine are not the consumer's.
     """
-    return _session(limits, guarded_connector(limits), middlewares=(schemes_only(limits),), **more)
+    return _session(limits, guarded_connector(limits, resolver), middlewares=(schemes_only(limits),), **more)
 
 
 def operators_session(limits: FetchLimits, **more: Any) -> aiohttp.ClientSession:
@@ -127,11 +135,12 @@ def _session(limits: FetchLimits, connector: aiohttp.TCPConnector, **more: Any) 
 
 
 def schemes_only(limits: FetchLimits) -> aiohttp.ClientMiddlewareType:
-    """Refuses a hop to a scheme that is not allowed."""
+    """Refuses a hop to a scheme that is not allowed, or to a host that ``check_host`` refuses."""
 
     async def check(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         if request.url.scheme not in limits.schemes:
             raise ForbiddenUrl("it redirects to a scheme that is not allowed")
+        check_host(request.url.raw_host or "")
         return await send(request)
 
     return check

@@ -60,13 +60,14 @@ class FetchLimits(BaseModel):
     """CIDR blocks of non-public addresses that are allowed all the same, for example ``127.0.0.0/8``."""
     connections: Positive = 64
     connections_per_host: Positive = 32
+    """A large file is read over as many."""
     seconds_to_connect: Annotated[float, Field(gt=0)] = 10.0
     seconds_silent: Annotated[float, Field(gt=0)] = 30.0
     """Longest silence on a connection before it counts as dead."""
     seconds_total: Annotated[float, Field(gt=0)] = 3600.0
     """Deadline of the whole provisioning of one stage."""
     attempts: Positive = 3
-    """Tries per URL; only transient failures are tried again."""
+    """Tries per URL; only transient failures are tried again, and one that has brought a MiB does not count."""
     total_bytes: Positive = 100 * GIB
     algorithm_bytes: Positive = 64 * MIB
 

@@ -158,6 +158,7 @@ class Providers:
 
     async def _looked_up(self, asset: RemoteAsset) -> tuple[Mapping[str, Any], AssetService]:
         try:
+            check_url(asset.metadata_url, [scheme for scheme in self._limits.schemes if scheme in HTTP])
             if asset.metadata_url not in self._stores:
                 self._stores[asset.metadata_url] = MetadataStore(
                     asset.metadata_url,
@@ -167,6 +168,8 @@ class Providers:
                 )
             store = self._stores[asset.metadata_url]
             known, ddo = await store.asset(asset.did), await store.ddo(asset.did)
+        except ForbiddenUrl as refused:
+            words = f"the metadata store's address is refused: {refused.reason}"
         except CatalogueUnavailable as fault:
             words = f"the metadata store: {fault.why}"
         except AssetUnusable as fault:

@@ -10,6 +10,7 @@ context.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import socket
 import time
@@ -31,7 +32,6 @@ from tenacity import (
     RetryCallState,
     retry_if_exception,
     stop_after_attempt,
-    wait_exponential_jitter,
 )
 from yarl import URL
 
@@ -48,6 +48,7 @@ from blocks.guard import (
 )
 from blocks.ipfs import LARGEST_BLOCK, FileReader, NotThatFile, parse_cid
 from blocks.limits import MIB, FetchLimits
+from blocks.ranges import conditional, is_part, validator
 from blocks.urls import HTTP, ForbiddenUrl, check_request, check_url, scheme_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ if TYPE_CHECKING:
 
 CHUNK: Final = MIB // 2
 """Bytes of one file that a read brings, about; times ``FetchLimits.connections`` is what fetching holds in memory."""
+PIECE: Final = 4 * MIB
+"""Bytes of one request to a file system, which holds them all, twice for a moment, before it hands them on."""
+PIECE_SILENCES: Final = 8
+"""
+What such a request may take, in ``FetchLimits.seconds_silent``: it cannot be seen whether any of it arrives, and all of
+them may share a narrow wire. Clients of stores have a timeout of their own for one that is silent.
+"""
+MOST_PIECES: Final = 16
+"""Such requests at a time."""
 LONGEST_WAIT: Final = 30.0
 """Seconds between two tries, whatever Retry-After asks for."""
 LARGEST_REFUSAL: Final = MIB
@@ -64,6 +74,9 @@ LARGEST_ANSWER: Final = 32 * MIB
 
 _MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,64}/[\w!#$&^.+-]{1,64}")
 TRANSIENT_STATUS: Final = frozenset({408, 425, 429})
+OK: Final = 200
+PARTIAL: Final = 206
+UNSATISFIABLE: Final = 416
 _IPFS_GATEWAY: Final = "at the IPFS gateway"
 _ARWEAVE_GATEWAY: Final = "at the Arweave gateway"
 _NODE: Final = "at the node of its chain"
@@ -74,11 +87,27 @@ T = TypeVar("T")
 class Unreachable(Exception):
     """Why a file cannot be had, in *words* that may be shown; *wait* is what a server asked for, in seconds."""
 
-    def __init__(self, words: str, *, transient: bool = False, wait: float | None = None) -> None:
+    def __init__(
+        self, words: str, *, transient: bool = False, wait: float | None = None, status: int | None = None
+    ) -> None:
         super().__init__(words)
         self.words = words
         self.transient = transient
         self.wait = wait
+        self.status = status
+        """What a server has answered, where that is the reason."""
+
+
+class NotTheSame(Unreachable):
+    """
+    A part is not one of the file that was begun, which has to be begun anew. *for_good*: its server says that it gives
+    parts and does not give them, so it is to be asked for none again.
+    """
+
+    def __init__(self, *, for_good: bool = False) -> None:
+        words = "does not give the parts it says it gives" if for_good else "changed while it was being fetched"
+        super().__init__(words, transient=True)
+        self.for_good = for_good
 
 
 @dataclass(frozen=True)
@@ -152,14 +181,19 @@ async def tried(limits: FetchLimits, attempt: Callable[[], Awaitable[T]]) -> T:
     raise Unreachable(words)
 
 
-_backoff = wait_exponential_jitter(multiplier=0.25, max=LONGEST_WAIT, jitter=0.25)
+_JITTER: Final = 0.25
+
+
+def pause(tried: int, trouble: BaseException | None) -> float:
+    """Seconds until the next try, after *tried* that have failed. As long as a server asks for, within reason."""
+    jitter = random.uniform(0, _JITTER)  # noqa: S311 - so that many who failed together do not come back together
+    if isinstance(trouble, Unreachable) and trouble.wait is not None:
+        return min(trouble.wait + jitter, LONGEST_WAIT)
+    return min(_JITTER * float(2 ** min(tried - 1, 16)) + jitter, LONGEST_WAIT)
 
 
 def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, Unreachable) and error.wait is not None:
-        return min(error.wait, LONGEST_WAIT)
-    return _backoff(state)
+    return pause(state.attempt_number, state.outcome.exception() if state.outcome else None)
 
 
 class Stream(ABC):
@@ -169,6 +203,8 @@ class Stream(ABC):
     """Bytes of it all, where the source says so; known when it is opened, for some file systems after a read."""
     content_type: str | None = None
     """The media type the source gives it, without parameters."""
+    parts: Parts | None = None
+    """How to read other parts of the same file, where its source gives them; known when ``size`` is."""
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
@@ -185,6 +221,42 @@ class Stream(ABC):
 
     @abstractmethod
     async def _close(self) -> None: ...
+
+
+class Parts(ABC):
+    """Parts of a file that was begun to be read: each of that very file, or NotTheSame."""
+
+    def __init__(
+        self, limits: FetchLimits, size: int, *, side_by_side: bool, grain: int, from_the_start: bool = False
+    ) -> None:
+        self._limits = limits
+        self.size = size
+        """Bytes of the whole file."""
+        self.side_by_side = side_by_side
+        """Whether several may be read at the same time; else only the rest of one that broke off."""
+        self.grain = grain
+        """Bytes one read may bring."""
+        self.from_the_start = from_the_start
+        """Whether what was read before a first part does not count."""
+
+    async def open(self, start: int, end: int) -> Stream:
+        """
+        Begin to read the bytes from *start* to before *end*. The stream brings these and no others.
+
+        Raises:
+            Unreachable: For whatever reason, and no other Exception.
+        """
+        return await in_words(self._open(start, end), self._limits)
+
+    async def confirm(self) -> None:
+        """Call it when all is read. Raises NotTheSame where parts may be those of several files, and Unreachable."""
+        return await in_words(self._confirm(), self._limits)
+
+    @abstractmethod
+    async def _open(self, start: int, end: int) -> Stream: ...
+
+    async def _confirm(self) -> None:
+        return None
 
 
 class HttpStream(Stream):
@@ -208,6 +280,71 @@ class HttpStream(Stream):
 
     async def _close(self) -> None:
         self._response.close()
+
+
+_Ask = Callable[[Mapping[str, str]], Awaitable[aiohttp.ClientResponse]]
+"""Sends the request for a file once more, with further headers."""
+
+
+def _of_whole(response: aiohttp.ClientResponse, ask: _Ask, limits: FetchLimits) -> Stream:
+    """The body of an answer to a request without a range, and how parts of the same can be asked for."""
+    if response.status == PARTIAL:
+        response.close()
+        raise Unreachable("answered with a part of it only")
+    stream = HttpStream(response, limits)
+    # Of what one read brings, no part will be asked for: thousands of small files are spared this.
+    if response.status != OK or stream.size is None or stream.size <= CHUNK:
+        return stream
+    units = response.headers.get("Accept-Ranges", "").strip().lower()
+    same = validator(response.headers)
+    if same is not None and units != "none":
+        stream.parts = _HttpParts(ask, stream.size, same, limits, side_by_side=units == "bytes")
+    return stream
+
+
+class _HttpParts(Parts):
+    def __init__(self, ask: _Ask, size: int, same: str, limits: FetchLimits, *, side_by_side: bool) -> None:
+        super().__init__(limits, size, side_by_side=side_by_side, grain=2 * CHUNK)
+        self._ask = ask
+        self._same = same
+
+    async def _open(self, start: int, end: int) -> Stream:
+        try:
+            response = await self._ask({"Range": f"bytes={start}-{end - 1}", "If-Range": self._same})
+        except Unreachable as refused:
+            # It was longer than this when it was begun.
+            if refused.status == UNSATISFIABLE:
+                raise NotTheSame from None
+            raise
+        told = validator(response.headers)
+        if response.status != PARTIAL:
+            response.close()
+            # The whole of it: another one, or the same from a server that knows no ranges.
+            raise NotTheSame(for_good=told == self._same)
+        # A part may leave out Last-Modified, and a weak date may have become a strong one meanwhile; a tag stays.
+        if told != self._same and (self._same.startswith('"') or "ETag" in response.headers):
+            response.close()
+            raise NotTheSame
+        if response.headers.get("Content-Encoding") or not is_part(
+            response.headers.get("Content-Range"), start, end, self.size
+        ):
+            response.close()
+            raise NotTheSame(for_good=True)
+        return _HttpPart(response, end - start, self._limits)
+
+
+class _HttpPart(HttpStream):
+    """Of what is sent beyond the range that was asked for, nothing is read."""
+
+    def __init__(self, response: aiohttp.ClientResponse, size: int, limits: FetchLimits) -> None:
+        super().__init__(response, limits)
+        self.size = size
+        self._left = size
+
+    async def _read(self) -> bytes:
+        chunk = await self._response.content.read(min(CHUNK, self._left)) if self._left else b""
+        self._left -= len(chunk)
+        return chunk
 
 
 class _BytesStream(Stream):
@@ -240,18 +377,90 @@ class _IpfsStream(Stream):
 class _AsyncStream(Stream):
     """A file of an asynchronous file system; aiohttp's timeouts are not there, so reads have one here."""
 
-    def __init__(self, file: Any, limits: FetchLimits) -> None:
+    def __init__(self, file: Any, limits: FetchLimits, parts: _PiecesOfFile | None) -> None:
         super().__init__(limits)
         self._file = file
+        self._parts = parts
 
     async def _read(self) -> bytes:
         async with asyncio.timeout(self._limits.seconds_silent):
             chunk: bytes = await self._file.read(CHUNK)
         self.size = getattr(self._file, "size", None)
+        if self._parts is not None and self.size is not None:
+            self._parts.size = self.size
+            self.parts = self._parts
         return chunk
 
     async def _close(self) -> None:
         await self._file.close()
+
+
+class _PiecesOfFile(Parts):
+    """
+    Parts of a file of an asynchronous file system, a request for each PIECE of them. Such a system has no If-Range;
+    that the file has stayed the same is asked before the first part and after the last.
+    """
+
+    def __init__(self, remote: Any, path: str, at_once: asyncio.Semaphore, limits: FetchLimits) -> None:
+        super().__init__(limits, 0, side_by_side=True, grain=PIECE, from_the_start=True)
+        self._remote = remote
+        self._path = path
+        self._at_once = at_once
+        self._lock = asyncio.Lock()
+        self._known: tuple[Any, ...] | None = None
+
+    async def _open(self, start: int, end: int) -> Stream:
+        async with self._lock:
+            if self._known is None:
+                known = await self._identity()
+                if known[0] != self.size:
+                    raise NotTheSame
+                self._known = known
+        return _Pieces(self.piece, start, end, self._limits)
+
+    async def _confirm(self) -> None:
+        if self._known is not None and await self._identity() != self._known:
+            raise NotTheSame
+
+    async def _identity(self) -> tuple[Any, ...]:
+        self._remote.invalidate_cache(self._path)
+        async with asyncio.timeout(self._limits.seconds_silent):
+            info = await self._remote._info(self._path)
+        # As S3, Google, Azure, WebHDFS and others of fsspec name them.
+        names = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "VersionId", "generation")
+        return tuple(info.get(name) for name in names)
+
+    async def piece(self, start: int, end: int) -> bytes:
+        try:
+            async with self._at_once, asyncio.timeout(PIECE_SILENCES * self._limits.seconds_silent):
+                found: bytes = await self._remote._cat_file(self._path, start=start, end=end)
+        except Exception:
+            # Past the end of a shorter one, every system fails in its own way.
+            await self._confirm()
+            raise
+        if len(found) != end - start:
+            await self._confirm()
+            raise NotTheSame(for_good=True)
+        return found
+
+
+class _Pieces(Stream):
+    def __init__(
+        self, piece: Callable[[int, int], Awaitable[bytes]], start: int, end: int, limits: FetchLimits
+    ) -> None:
+        super().__init__(limits)
+        self._piece = piece
+        self._at = start
+        self._end = end
+
+    async def _read(self) -> bytes:
+        if self._at >= self._end:
+            return b""
+        found = await self._piece(self._at, min(self._at + PIECE, self._end))
+        self._at += len(found)
+        return found
+
+    async def _close(self) -> None: ...
 
 
 class _ThreadStream(Stream):
@@ -291,6 +500,7 @@ class Remotes:
         self._opened: dict[str, Any] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._slots = asyncio.Semaphore(limits.connections)
+        self._pieces = asyncio.Semaphore(min(limits.connections_per_host, MOST_PIECES))
 
     def slot(self, file: FileObject) -> AbstractAsyncContextManager[Any]:
         """
@@ -312,16 +522,18 @@ class Remotes:
         return await in_words(self._open(file), self._limits)
 
     async def _open(self, file: FileObject) -> Stream:
-        check_file(file, self._limits, self._access)
         match file:
+            # These two are checked as they are normalised.
             case UrlFile():
                 return await self._open_url(file)
+            case GraphqlFile():
+                return await self._open_graphql(file)
+        check_file(file, self._limits, self._access)
+        match file:
             case IpfsFile():
                 return await self._open_ipfs(file)
             case ArweaveFile():
                 return await self._open_arweave(file)
-            case GraphqlFile():
-                return await self._open_graphql(file)
             case SmartContractFile():
                 return await self._open_contract(file)
 
@@ -329,14 +541,20 @@ class Remotes:
         url = check_request(file, self._limits.schemes)
         scheme = scheme_of(url)
         if scheme in HTTP:
-            return HttpStream(await self._request(file.method, url, file.headers), self._limits)
+            ask = partial(self._request, file.method, url, file.headers)
+            response = await ask({})
+            if file.method != "GET" or conditional(file.headers):
+                return HttpStream(response, self._limits)
+            return _of_whole(response, ask, self._limits)
         async with self._lock:
             if scheme not in self._opened:
                 self._opened[scheme] = await self._filesystem(scheme)
         remote = self._opened[scheme]
         path = remote._strip_protocol(url)
         if isinstance(remote, AsyncFileSystem) and remote.asynchronous:
-            return _AsyncStream(await remote.open_async(path), self._limits)
+            ranged = type(remote)._cat_file is not AsyncFileSystem._cat_file
+            parts = _PiecesOfFile(remote, path, self._pieces, self._limits) if ranged else None
+            return _AsyncStream(await remote.open_async(path), self._limits, parts)
         return _ThreadStream(partial(remote.open, path, "rb"), self._limits)
 
     async def _open_ipfs(self, file: IpfsFile) -> Stream:
@@ -358,12 +576,16 @@ class Remotes:
     async def _open_arweave(self, file: ArweaveFile) -> Stream:
         gateway = URL(self._access.arweave_gateway)
         url = (gateway / file.transaction_id).with_query(gateway.query)
-        response = await in_words(self._from_gateway(url, {}), self._limits, _ARWEAVE_GATEWAY)
-        if response.status != 200:
+
+        async def ask(more: Mapping[str, str]) -> aiohttp.ClientResponse:
+            return await in_words(self._from_gateway(url, more), self._limits, _ARWEAVE_GATEWAY)
+
+        response = await ask({})
+        if response.status != OK:
             # Gateways answer 202 and "Pending" for a transaction that is not in a block yet.
             response.close()
             raise Unreachable("its transaction is not confirmed yet", transient=True)
-        return HttpStream(response, self._limits)
+        return _of_whole(response, ask, self._limits)
 
     async def _open_graphql(self, file: GraphqlFile) -> Stream:
         url = check_request(file, self._limits.schemes)
@@ -371,7 +593,7 @@ class Remotes:
         if not any(name.lower() == "accept" for name in headers):
             headers["Accept"] = "application/graphql-response+json, application/json;q=0.9"
         query = {"query": file.query, "variables": dict(file.variables)}
-        response = await self._request("POST", url, headers, query)
+        response = await self._request("POST", url, headers, {}, query)
         try:
             begun = bytearray()
             while len(begun) <= LARGEST_REFUSAL and (chunk := await response.content.read(CHUNK)):
@@ -404,15 +626,18 @@ class Remotes:
         raise Unreachable(words)
 
     async def _request(
-        self, method: str, url: str, headers: Mapping[str, str], body: Any = None
+        self, method: str, url: str, headers: Mapping[str, str], more: Mapping[str, str], body: Any = None
     ) -> aiohttp.ClientResponse:
-        """As the owner of a file wants it, to a server that anybody may have named."""
+        """
+        As the owner of a file wants it, to a server that anybody may have named. *more* are headers of ours, which may
+        follow a redirect to another one.
+        """
         # The URL is normalised; spelling it anew would break one signed over its spelling.
         home = URL(url, encoded=True)
         return await self._session("guarded").request(
             method,
             home,
-            headers=headers,
+            headers={**headers, **more},
             json=body,
             max_redirects=REDIRECTS,
             middlewares=(schemes_only(self._limits), keeps_to_itself(home, headers, body=body is not None)),
@@ -426,7 +651,7 @@ class Remotes:
             elsewhere = str(left.url)
         # Gateways send on to one of their subdomains, a sandbox for each file. That is not what the operator has
         # configured any more, so it is fetched as if a consumer had named it.
-        return await self._request("GET", check_url(elsewhere, HTTP), headers)
+        return await self._request("GET", check_url(elsewhere, HTTP), {}, headers)
 
     def _session(self, kind: str) -> aiohttp.ClientSession:
         if kind not in self._sessions:
@@ -443,6 +668,10 @@ class Remotes:
 
     async def _filesystem(self, scheme: str) -> Any:
         options = dict(self._access.storage_options.get(scheme, {}))
+        if scheme in {"s3", "s3a"}:
+            # Its client has ten connections if nothing else is said.
+            pool = {"max_pool_connections": self._limits.connections_per_host}
+            options["config_kwargs"] = {**pool, **options.get("config_kwargs", {})}
         kind = fsspec.get_filesystem_class(scheme)
         if not (issubclass(kind, AsyncFileSystem) and kind.open_async is not AsyncFileSystem.open_async):
             return kind(**options)
@@ -486,6 +715,7 @@ async def check_status(response: aiohttp.ClientResponse) -> None:
         f"answered {status}",
         transient=status >= 500 or status in TRANSIENT_STATUS,
         wait=_seconds(response.headers.get("Retry-After")),
+        status=status,
     )
 
 
@@ -524,6 +754,9 @@ _WORDS: Final[tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, bo
     (aiohttp.ClientOSError, "closed the connection", True),
 )
 
+# By name: botocore takes a second to import, and few environments need it.
+_DAMAGED: Final = frozenset({"FlexibleChecksumError", "ChecksumError"})
+
 
 async def in_words(remote: Awaitable[T], limits: FetchLimits, at: str = "") -> T:
     """
@@ -533,6 +766,8 @@ async def in_words(remote: Awaitable[T], limits: FetchLimits, at: str = "") -> T
     """
     try:
         return await remote
+    except NotTheSame as changed:
+        trouble: Unreachable = NotTheSame(for_good=changed.for_good)
     except Unreachable as known:
         trouble = known
     except NotThatFile as fault:
@@ -541,8 +776,10 @@ async def in_words(remote: Awaitable[T], limits: FetchLimits, at: str = "") -> T
         trouble = Unreachable(f"refused: {refused.reason}")
     except Exception as error:
         trouble = _described(error, limits)
+    if isinstance(trouble, NotTheSame):
+        raise trouble
     words = f"{at}: {trouble.words}" if at else trouble.words
-    raise Unreachable(words, transient=trouble.transient, wait=trouble.wait)
+    raise Unreachable(words, transient=trouble.transient, wait=trouble.wait, status=trouble.status)
 
 
 def _described(error: Exception, limits: FetchLimits) -> Unreachable:
@@ -555,6 +792,8 @@ def _described(error: Exception, limits: FetchLimits) -> Unreachable:
         if isinstance(cause, kinds):
             text = words.format(connect=limits.seconds_to_connect, silent=limits.seconds_silent)
             return Unreachable(text, transient=transient or _resolver_is_busy(cause))
+    if type(cause).__name__ in _DAMAGED:
+        return Unreachable("arrived damaged", transient=True)
     return Unreachable(f"could not be read ({type(cause).__name__})")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -15,6 +16,10 @@ HTTP: Final = frozenset({"http", "https"})
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BRACKETED_HOST = re.compile(r"^[a-z]+://\[[^\]/]*\]", re.IGNORECASE)
+_IPV6_AND_PORT = re.compile(r"\[[0-9A-Fa-f:.]+\](?::[0-9]*)?")
+_NAME = re.compile(r"(?=.{1,254}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?")
+# What the WHATWG's standard calls "ends in a number": of such a host some resolver or other makes an address.
+_LIKE_AN_ADDRESS = re.compile(r"(?:\A|\.)(?:[0-9]+|0x[0-9a-f]*)\.*\Z")
 
 # Everything RFC 3986 lets stand in a URL, and %: what is escaped already stays as it is, because a pre-signed
 # URL is signed over its exact spelling.
@@ -51,8 +56,8 @@ def check_url(url: str, schemes: Iterable[str] | None) -> str:
     its file system connects to. Any scheme passes where *schemes* is None.
 
     Raises:
-        ForbiddenUrl: Not one of *schemes*; a chain (``zip::…``); credentials in the URL; no host; control
-            characters.
+        ForbiddenUrl: Not one of *schemes*; a chain (``zip::…``); credentials in the URL; no host, or one that
+            ``check_host`` refuses; control characters.
     """
     url = url.strip(" ")
     if _CONTROL.search(url):
@@ -77,7 +82,7 @@ def check_url(url: str, schemes: Iterable[str] | None) -> str:
         raise ForbiddenUrl("it carries credentials")
     if not host:
         raise ForbiddenUrl("it has no host")
-    return f"{_origin(parts.scheme, host, port)}{_escaped(parts.path or '/', parts.query)}"
+    return f"{_origin(parts.scheme, parts.netloc, host, port)}{_escaped(parts.path or '/', parts.query)}"
 
 
 def check_request(file: UrlFile | GraphqlFile, schemes: Iterable[str] | None) -> str:
@@ -104,9 +109,41 @@ def _escaped(path: str, query: str) -> str:
     return quote(f"{path}?{query}" if query else path, safe=_LEGAL).replace("#", "%23")
 
 
-def _origin(scheme: str, host: str, port: int | None) -> str:
+def _origin(scheme: str, netloc: str, host: str, port: int | None) -> str:
     try:
-        return str(URL.build(scheme=scheme, host=host, port=port).origin())
+        origin = URL.build(scheme=scheme, host=host, port=port).origin()
     except ValueError:
-        pass
-    raise ForbiddenUrl("its host or port is not valid")
+        origin = None
+    if origin is None or ("[" in netloc and not _IPV6_AND_PORT.fullmatch(netloc)):
+        raise ForbiddenUrl("its host or port is not valid")
+    check_host(origin.raw_host or "")
+    # Digits and dots of other scripts have become an address on the way here.
+    if not host.isascii() and _LIKE_AN_ADDRESS.search(origin.raw_host or ""):
+        raise ForbiddenUrl(_DISGUISED)
+    return str(origin)
+
+
+_DISGUISED: Final = "its host is an address that is not spelt as one"
+
+
+def check_host(host: str) -> None:
+    """
+    Whether a host in ASCII, in lower case and without brackets is a name or an address, and cannot be taken for what it
+    is not: ``2130706433``, ``127.1`` and ``0177.0.0.1`` are loopback to some, names to others.
+
+    Raises:
+        ForbiddenUrl
+    """
+    if _LIKE_AN_ADDRESS.search(host) and ":" not in host:
+        if not _is_address(host):
+            raise ForbiddenUrl(_DISGUISED)
+    elif "%" in host or not (_NAME.fullmatch(host) or _is_address(host)):
+        raise ForbiddenUrl("its host or port is not valid")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -30,17 +30,15 @@ from blocks.assets import RemoteAsset, folder_name
 from blocks.files import FileObject, UrlFile
 from blocks.limits import FetchLimits
 from blocks.provider import AssetFile, FoundAsset, Providers, providers
-from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, remotes, tries
+from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, pause, remotes
+from tasks.download import Download, Ledger, Progress
 from tasks.results import open_regular, regular_files
 from tasks.stopping import NEVER, go_on
 from tasks.workspace import Workspace
 
-SECONDS_BETWEEN_REPORTS: Final = 0.2
+BEGUN_AT_ONCE: Final = 16
 STOP_TICK: Final = 0.25
 """Seconds between two looks at whether to stop."""
-
-Progress = Callable[[int, int, int, int], None]
-"""Called with (bytes done, bytes announced or 0 while unknown, files done, files)."""
 
 OnFound = Callable[[str, Mapping[str, Any]], None]
 """Called with the id of an input and its asset's document."""
@@ -139,7 +137,7 @@ def fetch_inputs(
                 positions[name] += 1
 
     wanted = [_Wanted(sources[n].label, asset) for n, asset in remote.items()]
-    outcome = _fetch_all(wanted, items, limits, access, _Ledger(limits.total_bytes, on_progress), stop=stop)
+    outcome = _fetch_all(wanted, items, limits, access, Ledger(limits.total_bytes, on_progress), stop=stop)
     if isinstance(outcome, _Failed):
         raise InputUnreachable(str(outcome))
     return outcome
@@ -165,7 +163,7 @@ def fetch_algorithm(
             checksum. It is not there then.
         OSError: This machine's disk.
     """
-    ledger = _Ledger(limits.algorithm_bytes)
+    ledger = Ledger(limits.algorithm_bytes)
     label = "the algorithm's URL" if file is not None and _is_plain(file) else "the algorithm's file"
     if file is None and rawcode is not None:
         label = "the algorithm's code"
@@ -316,60 +314,11 @@ class _Item:
 
     @property
     def part(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.part")
+        return Path(f"{self.target}.part")
 
 
 class _Failed(Exception):
     """One item failed for good, and with it the fetching. Its text is what the caller is told."""
-
-
-class _Ledger:
-    """Counts bytes and files over all items, holds the ceiling, reports progress. Used in the event loop only."""
-
-    def __init__(self, ceiling: int, on_progress: Progress | None = None) -> None:
-        self.ceiling = ceiling
-        self.files = 0
-        self._on_progress = on_progress
-        self._bytes = 0
-        self._announced: dict[Path, int] = {}
-        self._expected = 0
-        self._files_done = 0
-        self._reported = 0.0
-
-    def announce(self, target: Path, size: int) -> None:
-        """A server says how much will come. Refused before it comes, where it is too much."""
-        self._expect(target, size)
-        if self._expected > self.ceiling:
-            raise self._too_much()
-
-    def add(self, count: int) -> None:
-        self._bytes += count
-        if self._bytes > self.ceiling:
-            raise self._too_much()
-        self._report()
-
-    def take_back(self, count: int) -> None:
-        """A try failed after *count* bytes."""
-        self._bytes -= count
-
-    def done(self, target: Path, size: int) -> None:
-        self._expect(target, size)
-        self._files_done += 1
-        self._report(always=self._files_done == self.files)
-
-    def _expect(self, target: Path, size: int) -> None:
-        self._expected += size - self._announced.get(target, 0)
-        self._announced[target] = size
-
-    def _report(self, always: bool = False) -> None:
-        now = time.monotonic()
-        if self._on_progress and (always or now - self._reported >= SECONDS_BETWEEN_REPORTS):
-            self._reported = now
-            total = self._expected if len(self._announced) == self.files else 0
-            self._on_progress(self._bytes, total, self._files_done, self.files)
-
-    def _too_much(self) -> Unreachable:
-        return Unreachable(f"more than {self.ceiling} bytes" + (" in all" if self.files > 1 else ""))
 
 
 def _fetch_all(
@@ -377,7 +326,7 @@ def _fetch_all(
     items: Callable[[Sequence[FoundAsset]], Iterable[_Item]],
     limits: FetchLimits,
     access: Access,
-    ledger: _Ledger,
+    ledger: Ledger,
     *,
     stop: Event | None,
 ) -> tuple[FetchedFile, ...] | _Failed:
@@ -391,13 +340,14 @@ def _fetch_all(
         ledger.files = len(laid_out)
         return laid_out
 
-    # Not the loop's own pool: name look-ups run there, and some that hang would stop every write.
-    with ThreadPoolExecutor(2, thread_name_prefix="fetch-disk") as disk:
-        try:
+    try:
+        # Not the loop's own pool: name look-ups run there, and some that hang would stop every write.
+        with ThreadPoolExecutor(3, thread_name_prefix="fetch-disk") as disk:
             return asyncio.run(_gather(wanted, lay_out, limits, access, ledger, disk=disk, stop=stop or Event()))
-        finally:
-            for item in laid_out:
-                item.part.unlink(missing_ok=True)
+    finally:
+        # When no thread is left that could still make one.
+        for item in laid_out:
+            item.part.unlink(missing_ok=True)
 
 
 async def _gather(
@@ -405,7 +355,7 @@ async def _gather(
     lay_out: Callable[[Sequence[FoundAsset]], Sequence[_Item]],
     limits: FetchLimits,
     access: Access,
-    ledger: _Ledger,
+    ledger: Ledger,
     *,
     disk: ThreadPoolExecutor,
     stop: Event,
@@ -421,7 +371,12 @@ async def _gather(
                 if finding:
                     await asyncio.wait(finding)
                 items = lay_out([task.result() for task in finding])
-                tasks = [group.create_task(fetching.fetch(item)) for item in items]
+                tasks = []
+                for item in items:
+                    tasks.append(group.create_task(fetching.fetch(item)))
+                    if len(tasks) % BEGUN_AT_ONCE == 0:
+                        # Of thousands, the first would otherwise wait on the network until all have been begun.
+                        await asyncio.sleep(0)
                 if tasks:
                     await asyncio.wait(tasks)
                 watch.cancel()
@@ -456,7 +411,7 @@ class _Fetching:
     remotes: Remotes
     providers: Providers
     limits: FetchLimits
-    ledger: _Ledger
+    ledger: Ledger
     disk: ThreadPoolExecutor
 
     async def find(self, wanted: _Wanted) -> FoundAsset:
@@ -477,70 +432,19 @@ class _Fetching:
     async def fetch(self, item: _Item) -> FetchedFile:
         """One file, with its tries. Every failure that is not this machine's comes out as _Failed."""
         started = time.monotonic()
-        tried = 0
-        try:
-            async for attempt in tries(self.limits):
-                with attempt:
-                    tried += 1
-                    async with self._slot(item.file):
-                        size, sha256, content_type = await self._try(item)
-            await asyncio.get_running_loop().run_in_executor(self.disk, item.part.replace, item.target)
-        except Unreachable as trouble:
-            words = trouble.words + (f" ({tried} tries)" if tried > 1 else "")
-        else:
-            self.ledger.done(item.target, size)
-            seconds = time.monotonic() - started
-            return FetchedFile(item.input_id, item.position, size, sha256, content_type, seconds)
-        raise _Failed(f"{item.label}: {words}")
-
-    async def _try(self, item: _Item) -> tuple[int, str, str | None]:
-        """One try: size, SHA-256 and media type of what now lies in ``item.part``."""
-        on_disk = partial(asyncio.get_running_loop().run_in_executor, self.disk)
-        # Opened and closed in the loop: of an await, a cancellation would make a file that nobody closes.
-        sink = _Sink(item.part)
-        stream = None
-        complete = False
-        try:
-            stream = await self._open(item.file)
-            while block := await _block(stream):
-                if not sink.size and stream.size is not None:
-                    self.ledger.announce(item.target, stream.size)
-                self.ledger.add(len(block))
-                await on_disk(sink.write, block)
-            if stream.size not in {None, sink.size}:
-                raise Unreachable("broke off before its end", transient=True)
-            complete = True
-        finally:
-            if not complete:
-                self.ledger.take_back(sink.size)
+        download = Download(item.target, item.part, self.ledger, self.limits, self.disk)
+        words = ""
+        while not words:
             try:
-                if stream is not None:
-                    await stream.close()
-            finally:
-                sink.close()
-        return sink.size, sink.digest.hexdigest(), stream.content_type
-
-
-class _Sink:
-    """A file being written, with its size and checksum so far."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, block: bytes) -> None:
-        self.digest.update(block)
-        self._file.write(block)
-        self.size += len(block)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-async def _block(stream: Stream) -> bytes:
-    """About CHUNK bytes, less only at the end: network reads are small, and each block costs a thread switch."""
-    block = bytearray()
-    while len(block) < CHUNK and (chunk := await stream.read()):
-        block += chunk
-    return bytes(block)
+                async with self._slot(item.file):
+                    size, sha256, content_type = await download.attempt(partial(self._open, item.file))
+            except Unreachable as trouble:
+                waiting = pause(download.tried, trouble)
+                if not trouble.transient or download.tried >= self.limits.attempts:
+                    words = trouble.words + (f" ({download.tried} tries)" if download.tried > 1 else "")
+            else:
+                seconds = time.monotonic() - started
+                return FetchedFile(item.input_id, item.position, size, sha256, content_type, seconds)
+            if not words:
+                await asyncio.sleep(waiting)
+        raise _Failed(f"{item.label}: {words}")

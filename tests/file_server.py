@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -18,6 +18,9 @@ from multidict import CIMultiDict
 from blocks.limits import FetchLimits
 
 CHUNK = 256 * 1024
+
+Ranges = Literal["given", "ignored", "shifted", "short", "renamed"]
+"""What comes of a request for a range: that part; the whole file; another part; half of it; that of another content."""
 
 LOOPBACK = FetchLimits(networks=("127.0.0.0/8",), seconds_to_connect=5, seconds_silent=5, seconds_total=60)
 """Limits under which a ``FileServer`` may be fetched from."""
@@ -37,6 +40,10 @@ class _File:
     headers: Mapping[str, str] = field(default_factory=dict)
     methods: tuple[str, ...] = ("GET", "HEAD")
     wants: Mapping[str, str] = field(default_factory=dict)
+    drop_times: int | None = None
+    ranges: Ranges = "given"
+    at_most: int | None = None
+    at_once: int = 0
 
     async def chunks(self, start: int, end: int) -> AsyncIterator[bytes]:
         if isinstance(self.body, Path):
@@ -133,6 +140,9 @@ class FileServer:
         headers: Mapping[str, str] | None = None,
         methods: tuple[str, ...] = ("GET", "HEAD"),
         wants: Mapping[str, str] | None = None,
+        drop_times: int | None = None,
+        ranges: Ranges = "given",
+        at_most: int | None = None,
     ) -> str:
         """
         Serve one more file and return its URL.
@@ -142,7 +152,9 @@ class FileServer:
         *drop_after*: the connection is cut after so many bytes of a body announced in full.
         *fail_times*: so many requests are answered 503 first. *headers*: of every answer, also of those 503.
         *redirect_to* with a *status* redirects with that one. *methods*: others are answered 405. *wants*: requests
-        without these headers are answered 401.
+        without these headers are answered 401. *drop_times*: so many connections are cut, the later ones not; all, if
+        it is not given. *at_most*: more requests than these at the same time are answered 429. An ``If-Range`` that is
+        not the ETag or Last-Modified in *headers* gets the whole file.
         """
         path = f"/{name or next(self._names)}"
         self._answers.pop(path, None)
@@ -159,6 +171,9 @@ class FileServer:
             headers=headers or {},
             methods=methods,
             wants=wants or {},
+            drop_times=drop_times,
+            ranges=ranges,
+            at_most=at_most,
         )
         return self.url + path
 
@@ -209,16 +224,33 @@ class FileServer:
             return web.Response(status=status, headers={"Location": file.redirect_to, **file.headers})
         if file.status != 200:
             return web.Response(status=file.status, text="no", headers=file.headers)
-        return await self._send(request, file)
+        if file.at_most is not None and file.at_once >= file.at_most:
+            return web.Response(status=429, text="too many")
+        file.at_once += 1
+        try:
+            return await self._send(request, file)
+        finally:
+            file.at_once -= 1
 
     async def _send(self, request: web.Request, file: _File) -> web.StreamResponse:
         asked = request.http_range
-        start, end, _ = slice(asked.start, asked.stop).indices(file.size)
-        partial = asked.start is not None
+        partial = asked.start is not None and file.ranges != "ignored"
+        current = file.headers.get("ETag") or file.headers.get("Last-Modified")
+        if request.headers.get("If-Range", current) != current:
+            partial = False
+        if partial and (asked.start or 0) >= file.size:
+            return web.Response(status=416)
+        start, end, _ = slice(asked.start, asked.stop).indices(file.size) if partial else (0, file.size, 1)
         response = web.StreamResponse(
             status=206 if partial else 200,
             headers={"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **file.headers},
         )
+        if partial and file.ranges == "renamed":
+            response.headers["ETag"] = '"another"'
+        if partial and file.ranges == "shifted":
+            start, end = start - 1, end - 1
+        if partial and file.ranges == "short":
+            end = start + (end - start) // 2
         response.content_length = end - start
         if partial:
             response.headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
@@ -227,7 +259,10 @@ class FileServer:
             return response
         sent = 0
         async for chunk in file.chunks(start, end):
-            if file.drop_after is not None and sent + len(chunk) > file.drop_after:
+            cut = file.drop_after is not None and file.drop_times != 0
+            if cut and file.drop_after is not None and sent + len(chunk) > file.drop_after:
+                if file.drop_times is not None:
+                    file.drop_times -= 1
                 await response.write(chunk[: file.drop_after - sent])
                 assert request.transport is not None
                 request.transport.close()

@@ -23,7 +23,7 @@ def s3_server(folder: Path, bucket: str = "results") -> Iterator[dict[str, Any]]
     port = _free_port()
     server = subprocess.Popen(
         [
-            _rclone(),
+            rclone(),
             "serve",
             "s3",
             "--addr",
@@ -50,7 +50,7 @@ def s3_server(folder: Path, bucket: str = "results") -> Iterator[dict[str, Any]]
         server.wait(10)
 
 
-def _rclone() -> str:
+def rclone() -> str:
     beside_python = Path(sys.executable).with_name("rclone")
     found = str(beside_python) if beside_python.exists() else shutil.which("rclone")
     assert found, "rclone is not installed: uv sync installs it from the dev group"
