@@ -473,7 +473,7 @@ def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:
 
 SET: Final = {
     "PREFECT_AUTH": "c2d:one",
-    "PREFECT_ENCRYPTION_KEY": "two",
+    "PREFECT_ENCRYPTION_KEY": Fernet.generate_key().decode(),
     "POSTGRES_PASSWORD": "three",
     "DOCKER_GROUP": "4711",
     "C2D_PROVIDERS": "0x" + "1" * 40,
@@ -481,11 +481,12 @@ SET: Final = {
 }
 
 
-def composed(**variables: str) -> subprocess.CompletedProcess[str]:
-    """deploy/compose.yaml as Compose understands it, with these variables and no others."""
+def composed(*over: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """deploy/compose.yaml as Compose understands it, and files *over* it; with these variables and no others."""
+    files = [option for name in ("compose.yaml", *over) for option in ("--file", ROOT / "deploy" / name)]
     with tempfile.NamedTemporaryFile() as nothing:
         return subprocess.run(
-            ["docker-compose", "--file", ROOT / "deploy" / "compose.yaml", "--env-file", nothing.name, "config"],
+            ["docker-compose", *files, "--env-file", nothing.name, "config"],
             env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **variables},
             capture_output=True,
             text=True,
@@ -511,6 +512,24 @@ def test_compose_reads_its_file() -> None:
             assert str(port).startswith("127.0.0.1:"), name
     # The engine is the worker's alone.
     assert ["worker"] == [name for name, service in services.items() if "docker.sock" in str(service.get("volumes"))]
+
+
+@pytest.mark.docker
+def test_compose_reads_its_file_for_several_servers() -> None:
+    """Redis has a password, the servers are told of it, and what runs in the background runs once."""
+    done = composed("compose.redis.yaml", **SET, REDIS_PASSWORD="four")
+    assert 0 == done.returncode, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    assert "--no-services" in services["prefect-server"]["command"]
+    for name in ("prefect-server", "prefect-services"):
+        variables = services[name]["environment"]
+        assert ("redis", "four") == (
+            variables["PREFECT_REDIS_MESSAGING_HOST"],
+            variables["PREFECT_REDIS_MESSAGING_PASSWORD"],
+        )
+        assert variables["PREFECT_SERVER_DATABASE_CONNECTION_URL"].startswith("postgresql+asyncpg://")
+    assert "four" not in str(services["redis"]["command"])
+    assert "REDIS_PASSWORD" in composed("compose.redis.yaml", **SET).stderr
 
 
 @pytest.mark.docker
