@@ -310,7 +310,7 @@ def test_a_flow_whose_container_is_killed_goes_on(docker_pool: DockerPool) -> No
 def _forked(process: psutil.Process) -> bool:
     """Whether it is a run: the only process that looks like the one that it was forked from."""
     parent = process.parent()
-    return parent is not None and process.cmdline() == parent.cmdline() != []
+    return parent is not None and bool(process.cmdline()) and list(process.cmdline()) == list(parent.cmdline())
 
 
 @pytest.mark.docker
