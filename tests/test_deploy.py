@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import httpx
 import psutil
@@ -31,6 +32,7 @@ from chaos.parts import Postgres
 from cli.service import ROOT, Part, Service, free_port
 from flows.environments import register_from
 from flows.prefect_jobs import STOP_DEADLINE
+from flows.reconcile import HANDED_BACK
 from flows.sealing import create_key_file
 from tests.conftest import PrefectServer
 from tests.docker_engine import IMAGE, Engine
@@ -39,6 +41,9 @@ from tests.kubernetes_cluster import Cluster
 from tests.product_image import PRODUCT, USER, build_product
 from tests.runner_bench import eventually
 from tests.test_end_to_end import Consumer, workflow
+
+# Whichever comes first builds the image.
+pytestmark = pytest.mark.timeout(600)
 
 POOL: Final = "c2d-docker"
 COMPLETED: Final = 70
@@ -336,6 +341,22 @@ def test_a_flow_whose_process_is_killed_goes_on(docker_pool: DockerPool) -> None
 
 @pytest.mark.docker
 @pytest.mark.slow
+def test_a_flow_whose_container_is_told_to_end_hands_its_job_back(docker_pool: DockerPool) -> None:
+    """SIGTERM, as of an engine that is shut down: the algorithm is ended, the job goes on, and nothing was lost."""
+    job_id = docker_pool.submit_running(8)
+    (flow,) = docker_pool.flows()
+    docker_pool.engine.client.api.stop(flow, timeout=30)
+    job = docker_pool.consumer.wait(job_id)
+    assert COMPLETED == job["status"], job["reason"]
+    server = temporary_settings({PREFECT_API_URL: f"{docker_pool.service.prefect_url}/api"})
+    with server, get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(UUID(job_id))
+    assert [HANDED_BACK] == [state.message for state in states if state.name == "AwaitingRetry"]
+    assert not [state for state in states if state.is_crashed()]
+
+
+@pytest.mark.docker
+@pytest.mark.slow
 def test_a_flow_that_nobody_tells_of_is_found(docker_pool: DockerPool) -> None:
     """The worker is killed and then the flow's container, as with their machine: the job goes on and completes."""
     job_id = docker_pool.submit_running(5)
@@ -614,7 +635,6 @@ class Composed:
 
 @pytest.mark.docker
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(Postgres.obstacle() is not None, reason=str(Postgres.obstacle()))
 def test_the_services_of_compose_run_a_job(engine: Engine, product: Image, tmp_path: Path) -> None:
     """
