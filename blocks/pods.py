@@ -187,7 +187,8 @@ class KubernetesRunner(Runner):
     def run(self, execution: Execution, *, stop: Event | None = None, on_waiting: Waiting = unheard) -> ExitReport:
         async def carry_out() -> ExitReport:
             async with self._connected() as api:
-                if obstacle := await self._obstacle(api, patience=PATIENCE):
+                obstacle = await self._obstacle(api, patience=PATIENCE) or self._elsewhere(execution)
+                if obstacle:
                     return ExitReport(Ending.REFUSED, None, 0.0, obstacle)
                 return await self._carry_out(api, execution, stop or Event(), on_waiting)
 
@@ -198,6 +199,14 @@ class KubernetesRunner(Runner):
 
     def _mounted(self) -> bool:
         return bool(self.mount) and Path(self.mount).is_dir()
+
+    def _elsewhere(self, execution: Execution) -> str | None:
+        inside = execution.folders.log.is_relative_to(Path(self.mount).resolve())
+        return (
+            None
+            if inside
+            else f"the folders of jobs are not on the claim, which is mounted at {self.mount}; put them there"
+        )
 
     @property
     def _service(self) -> str:
@@ -467,7 +476,7 @@ class KubernetesRunner(Runner):
 
     def _shown(self, path: Path, at: str, *, writable: bool = False) -> dict[str, Any]:
         """A part of the claim. Raises: ValueError for what is not on it."""
-        inside = path.relative_to(self.mount)
+        inside = path.relative_to(Path(self.mount).resolve())
         return {"name": "work", "mountPath": at, "subPath": str(inside), "readOnly": not writable}
 
 
@@ -689,7 +698,7 @@ class _Wait:
             self._placed = now
         if seen.why != self._told:
             self._told = seen.why
-            self._on_waiting(seen.why)
+            self._on_waiting(f"waiting for the cluster: {seen.why}" if seen.why else "")
         if self._placed is None:
             since, seconds, what = self._began, self._place_seconds, "there was no place for it"
         else:
@@ -950,7 +959,7 @@ async def _insisting(
     ask: Callable[..., Awaitable[Any]], *what: Any, patience: float = PATIENCE, started: bool = True, **more: Any
 ) -> Any:
     """
-    What is asked of the API server, again for so long if it is away; *started*: by somebody whom it has answered before.
+    What is asked of the API server, again for so long if it is away; *started*: it has answered us before.
 
     Raises: _Unreachable; ApiException for a refusal.
     """
