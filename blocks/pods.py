@@ -187,7 +187,8 @@ class KubernetesRunner(Runner):
     def run(self, execution: Execution, *, stop: Event | None = None, on_waiting: Waiting = unheard) -> ExitReport:
         async def carry_out() -> ExitReport:
             async with self._connected() as api:
-                if obstacle := await self._obstacle(api, patience=PATIENCE):
+                obstacle = await self._obstacle(api, patience=PATIENCE) or self._elsewhere(execution)
+                if obstacle:
                     return ExitReport(Ending.REFUSED, None, 0.0, obstacle)
                 return await self._carry_out(api, execution, stop or Event(), on_waiting)
 
@@ -198,6 +199,14 @@ class KubernetesRunner(Runner):
 
     def _mounted(self) -> bool:
         return bool(self.mount) and Path(self.mount).is_dir()
+
+    def _elsewhere(self, execution: Execution) -> str | None:
+        inside = execution.folders.log.is_relative_to(Path(self.mount).resolve())
+        return (
+            None
+            if inside
+            else f"the folders of jobs are not on the claim, which is mounted at {self.mount}; put them there"
+        )
 
     @property
     def _service(self) -> str:
@@ -239,18 +248,17 @@ class KubernetesRunner(Runner):
         if not self._mounted():
             where = self.mount or "any folder"
             return f"the claim {self.claim} is not mounted here at {where}; mount it, and name where"
+        asking: dict[str, Any] = {"patience": patience, "started": False}
         try:
             claim = await _insisting(
-                CoreV1Api(api).read_namespaced_persistent_volume_claim, self.claim, self.namespace, patience=patience
+                CoreV1Api(api).read_namespaced_persistent_volume_claim, self.claim, self.namespace, **asking
             )
             if claim.status.phase == "Lost":
                 return f"the claim {self.claim} has lost its volume; make it anew"
             for verb, group, resource in _NEEDED:
                 attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": resource}
                 review = {"spec": {"resourceAttributes": attributes}}
-                answer = await _insisting(
-                    AuthorizationV1Api(api).create_self_subject_access_review, review, patience=patience
-                )
+                answer = await _insisting(AuthorizationV1Api(api).create_self_subject_access_review, review, **asking)
                 if not answer.status.allowed:
                     return (
                         f"this account may not {verb} {resource} in the namespace {self.namespace}; give it that right"
@@ -466,7 +474,7 @@ class KubernetesRunner(Runner):
 
     def _shown(self, path: Path, at: str, *, writable: bool = False) -> dict[str, Any]:
         """A part of the claim. Raises: ValueError for what is not on it."""
-        inside = path.relative_to(self.mount)
+        inside = path.relative_to(Path(self.mount).resolve())
         return {"name": "work", "mountPath": at, "subPath": str(inside), "readOnly": not writable}
 
 
@@ -688,7 +696,7 @@ class _Wait:
             self._placed = now
         if seen.why != self._told:
             self._told = seen.why
-            self._on_waiting(seen.why)
+            self._on_waiting(f"waiting for the cluster: {seen.why}" if seen.why else "")
         if self._placed is None:
             since, seconds, what = self._began, self._place_seconds, "there was no place for it"
         else:
@@ -724,7 +732,7 @@ async def _looking(api: ApiClient, namespace: str, job: Mapping[str, Any]) -> As
             try:
                 sight.last, sight.at = await eye.look(), at
             except Exception as error:
-                if not _passes(error):
+                if not _passes(error, started=True):
                     raise
             await asyncio.sleep(LOOK)
 
@@ -825,11 +833,10 @@ class _Eye:
         """What will not pass by itself."""
         match waiting.reason:
             case reason if reason in _NO_IMAGE:
-                words = _words(waiting.message or "")
+                words = self._said(waiting.message)
                 if waiting.reason == "ImagePullBackOff":
                     # It says only that there was a failure.
                     words = await self._warning(f"uid={self._pod}", "Failed", "Failed to pull") or words
-                words = words.removeprefix(f'Failed to pull image "{self._image}": ').replace(self._image, "the image")
                 return _End(Ending.IMAGE_UNAVAILABLE, words=f"{self._image} could not be pulled: {words}")
             case "CreateContainerError" | "CreateContainerConfigError" | "RunContainerError":
                 return _End(Ending.REFUSED, words=_why_not_started(waiting.message or ""))
@@ -842,7 +849,12 @@ class _Eye:
         )
         told = [event for event in found.items if (event.message or "").startswith(beginning)]
         last = max(told, key=lambda event: str(event.last_timestamp or event.event_time), default=None)
-        return _words(last.message or "") if last is not None else ""
+        return self._said(last.message) if last is not None else ""
+
+    def _said(self, message: str | None) -> str:
+        """Without the name of the image, which is long and known."""
+        text = (message or "").replace(f'Failed to pull image "{self._image}": ', "")
+        return _words(text.replace(self._image, "the image")) if text else ""
 
 
 _USUAL: Final = ("ContainerCreating", "PodInitializing", None)
@@ -941,9 +953,11 @@ def _done(work: Coroutine[Any, Any, T]) -> T:
     return results[0]
 
 
-async def _insisting(ask: Callable[..., Awaitable[Any]], *what: Any, patience: float = PATIENCE, **more: Any) -> Any:
+async def _insisting(
+    ask: Callable[..., Awaitable[Any]], *what: Any, patience: float = PATIENCE, started: bool = True, **more: Any
+) -> Any:
     """
-    What is asked of the API server, again for so long if it is away.
+    What is asked of the API server, again for so long if it is away; *started*: it has answered us before.
 
     Raises: _Unreachable; ApiException for a refusal.
     """
@@ -952,7 +966,7 @@ async def _insisting(ask: Callable[..., Awaitable[Any]], *what: Any, patience: f
         return await ask(*what, _request_timeout=REQUEST, **more)
 
     asked = AsyncRetrying(
-        retry=retry_if_exception(_passes),
+        retry=retry_if_exception(lambda error: _passes(error, started=started)),
         stop=stop_after_delay(patience),
         wait=wait_fixed(0.5),
         reraise=True,
@@ -960,17 +974,19 @@ async def _insisting(ask: Callable[..., Awaitable[Any]], *what: Any, patience: f
     try:
         return await asked(once)
     except Exception as error:
-        if not _passes(error):
+        if not _passes(error, started=False):
             raise
         raise _Unreachable(
             f"the Kubernetes API server does not answer: {_words(error)}; start it, or name it"
         ) from None
 
 
-def _passes(error: BaseException) -> bool:
+def _passes(error: BaseException, *, started: bool) -> bool:
     """Whether it may be otherwise a moment later."""
     if isinstance(error, ApiException):
-        return error.status in (None, 0, 408, 429) or int(error.status) >= 500
+        # An API server that has just been started does not know anybody's rights yet.
+        passing = (None, 0, 408, 429, *((401, 403) if started else ()))
+        return error.status in passing or int(error.status) >= 500
     return isinstance(error, aiohttp.ClientError | asyncio.TimeoutError | OSError)
 
 

@@ -216,6 +216,8 @@ class Runner(ABC):
         everything in the folders belongs to the caller and is readable by it, whatever the algorithm did to modes.
         ``limits.seconds`` is kept to within one second. If the calling process dies, even by SIGKILL, so does
         the algorithm with all its children, at once or within two seconds; ``jobs_left`` tells where that can fail.
+        A cluster takes some seconds more for each of these, a minute for the last, and up to a quarter of one until it
+        has forgotten a run, of which nothing is alive by then.
         Safe to repeat: yes, over emptied outputs and logs; a repeat under the same name after a crash first
         removes what the crashed run left.
         Raises: nothing for what the algorithm does; OSError only if this machine is broken.
