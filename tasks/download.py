@@ -360,14 +360,14 @@ def _write_whole(body: bytes, part: Path, target: Path) -> str:
 
 async def _block(stream: Stream) -> tuple[bytes, Unreachable | None]:
     """About CHUNK bytes, less only at the end or before what it broke off with: each block costs a thread switch."""
-    block = bytearray()
+    pieces: list[bytes] = []
+    size = 0
+    trouble = None
     try:
-        first = await stream.read()
-        if len(first) >= CHUNK:
-            return first, None
-        block += first
-        while first and len(block) < CHUNK and (chunk := await stream.read()):
-            block += chunk
-    except Unreachable as trouble:
-        return bytes(block), trouble
-    return bytes(block), None
+        while size < CHUNK and (piece := await stream.read()):
+            pieces.append(piece)
+            size += len(piece)
+    except Unreachable as broken:
+        trouble = broken
+    # Joined once, and not at all where there is one piece: of a large file all this is what takes long.
+    return b"".join(pieces) if len(pieces) != 1 else pieces[0], trouble

@@ -67,7 +67,7 @@ class Segments:
         if self._waiting:
             segment = self._waiting.popleft()
         elif (largest := max(self._taken, key=lambda each: each.left, default=None)) and (
-            largest.left >= 4 * self._grain
+            largest.left >= 2 * self._grain
         ):
             middle = largest.at + largest.left // 2
             segment = Segment(middle, largest.end)
