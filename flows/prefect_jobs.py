@@ -676,22 +676,10 @@ class PrefectJobs(Jobs):
         """The runs that do stages of these jobs, by job and the stage's index."""
         found: dict[UUID, dict[int, FlowRun]] = {}
         for chunk in _chunks(run_ids, 50):
-            which, wanted = runs_of_jobs(run_id.hex for run_id in chunk)
-            offset = 0
-            while True:
-                page = await self._client.read_flow_runs(
-                    flow_filter=which,
-                    flow_run_filter=wanted,
-                    sort=FlowRunSort.ID_DESC,
-                    limit=PAGE,
-                    offset=offset,
-                )
-                for run in page:
-                    if (of := stage_of(run)) is not None:
-                        found.setdefault(UUID(of[0]), {})[of[1]] = run
-                offset += len(page)
-                if len(page) < PAGE:
-                    break
+            _, wanted = runs_of_jobs(run_id.hex for run_id in chunk)
+            for run in await self._runs(wanted, deleting=True, stages=True):
+                if (of := stage_of(run)) is not None:
+                    found.setdefault(UUID(of[0]), {})[of[1]] = run
         return found
 
     async def _cancel(self, run_id: UUID) -> None:
