@@ -307,6 +307,7 @@ class KubernetesRunner(Runner):
         control = _control(execution)
         mark = uuid4().hex
         job = self._job(execution, uid=uid, gid=gid, mark=mark)
+        folders.log.touch()
         try:
             await self._remove(api, labels, gone=True)
             shutil.rmtree(control, ignore_errors=True)

@@ -56,7 +56,8 @@ class Cluster:
     engine: Engine
     within: tuple[str, ...]
     """A command that starts another one in the network of the node."""
-    api_server: _ApiServer
+    api_server: _Part
+    kubelet: _Part
     mount: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     """What the claim stands for."""
 
@@ -149,6 +150,19 @@ class Cluster:
         finally:
             self.api_server.start()
             _until(lambda: bool(_told(self, "get", "--raw", "/readyz")), self.folder)
+            # A kubelet of this version is deaf to some things for minutes once nobody has answered it.
+            self.kubelet.end()
+            self.kubelet.start()
+            self._until_the_node_listens()
+
+    def _until_the_node_listens(self) -> None:
+        pod = {"name": "listens", "namespace": "default"}
+        container = {"name": "true", "image": "c2d-tests/python:3", "command": ["true"]}
+        spec = {"restartPolicy": "Never", "containers": [container]}
+        self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": pod, "spec": spec})
+        phase = ("get", "pod", "listens", "-n", "default", "-o", "jsonpath={.status.phase}")
+        _until(lambda: "Succeeded" == _told(self, *phase), self.folder)
+        self.kubectl("delete", "pod", "listens", "-n", "default", "--wait=false")
 
     def _call(self, method: str, path: str, body: Any) -> None:
         """What kubectl of this version cannot: a patch of a status."""
@@ -166,10 +180,10 @@ class Cluster:
             answer.read()
 
 
-class _ApiServer:
-    """The one part that can be started again."""
+class _Part:
+    """A part that can be started again."""
 
-    def __init__(self, log: Path, command: Sequence[str]) -> None:
+    def __init__(self, log: Path, command: Sequence[str | Path]) -> None:
         self._log = log
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
@@ -215,7 +229,7 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
             *("--initial-advertise-peer-urls", f"http://127.0.0.1:{peers}"),
             *("--initial-cluster", f"default=http://127.0.0.1:{peers}"),
         )
-        api_server = _ApiServer(
+        api_server = _Part(
             folder / "apiserver.log",
             [
                 str(built / "kube-apiserver"),
@@ -247,7 +261,23 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
             )
         )
         _pause(engine, built)
-        cluster = Cluster(folder, cluster_url, engine, ("nsenter", network), api_server)
+        cluster = Cluster(
+            folder,
+            cluster_url,
+            engine,
+            ("nsenter", network),
+            api_server,
+            _Part(
+                folder / "kubelet.log",
+                [
+                    *("nsenter", *within, str(built / "kubelet"), f"--config={folder}/kubelet.yaml"),
+                    *(f"--kubeconfig={admin}", f"--hostname-override={NODE}"),
+                    *(f"--root-dir={folder}/kubelet", f"--cert-dir={folder}/pki"),
+                    *("--container-runtime=docker", f"--docker-endpoint={engine.host}", "--network-plugin="),
+                    "--pod-infra-container-image=c2d-tests/pause:1",
+                ],
+            ),
+        )
         _until((folder / "certs" / "apiserver.crt").exists, folder)
         admin.write_text(yaml.safe_dump(cluster.kubeconfig()))
         admin.chmod(0o600)
@@ -271,13 +301,8 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
         parts.callback(_remove_groups, root_group)
         configuration = folder / "kubelet.yaml"
         configuration.write_text(yaml.safe_dump(_kubelet(folder, root_group, kubelet, health)))
-        start(
-            "kubelet",
-            *("nsenter", *within, built / "kubelet", f"--config={configuration}", f"--kubeconfig={admin}"),
-            *(f"--hostname-override={NODE}", f"--root-dir={folder}/kubelet", f"--cert-dir={folder}/pki"),
-            *("--container-runtime=docker", f"--docker-endpoint={engine.host}", "--network-plugin="),
-            "--pod-infra-container-image=c2d-tests/pause:1",
-        )
+        parts.callback(cluster.kubelet.end)
+        cluster.kubelet.start()
         _until(lambda: "True" == _told(cluster, "get", "node", NODE, "-o", f"jsonpath={_READY}"), folder)
         cluster.kubectl("apply", "-k", str(_MANIFESTS))
         cluster.apply(*_volume(cluster.mount))

@@ -324,7 +324,6 @@ def test_image_without_a_shell(cluster: Cluster, here: Bench) -> None:
         report.ending,
         report.detail,
     )
-    forget(cluster, here.image)
 
 
 # --- Waiting --------------------------------------------------------------------------------------------------
@@ -472,7 +471,7 @@ def test_an_api_server_that_is_away_ends_no_run(start: Start, cluster: Cluster, 
 
 def test_a_removed_job_ends_its_run(start: Start, cluster: Cluster, here: Bench) -> None:
     """When somebody removes the Job of a run in progress, the run is over, and says that it was asked to end."""
-    run = start(here, "touch $OUTPUTS/begun; sleep 98783")
+    run = start(here, "touch $OUTPUTS/begun; sleep 98783", seconds=90)
     assert run.begun()
     here.runner.remove_job(f"job-{here.name}")
     report = run.end()
@@ -482,7 +481,7 @@ def test_a_removed_job_ends_its_run(start: Start, cluster: Cluster, here: Bench)
 
 def test_a_removed_pod_ends_its_run(start: Start, cluster: Cluster, here: Bench) -> None:
     """A second pod of its Job would write over what the first has written: it is not waited for."""
-    run = start(here, "touch $OUTPUTS/begun; echo begun; sleep 98784")
+    run = start(here, "touch $OUTPUTS/begun; echo begun; sleep 98784", seconds=90)
     assert run.begun()
     (pod,) = pods_of(cluster, here)
     cluster.kubectl("delete", "pod", "-n", NAMESPACE, pod["metadata"]["name"], "--wait=false")
@@ -635,7 +634,6 @@ def test_an_image_does_not_decide_how_it_is_run(start: Start, cluster: Cluster, 
     assert uid == again
     assert ["/data", "1 de_DE.UTF-8 /data/inputs /tmp"] == rest
     assert [v for v in described["Config"]["Env"] if "NVIDIA" in v] == ["NVIDIA_VISIBLE_DEVICES=void"]
-    forget(cluster, here.image)
 
 
 # --- The cluster ----------------------------------------------------------------------------------------------
