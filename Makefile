@@ -1,6 +1,5 @@
 SHELL := /bin/sh
 ARGS ?=
-JOBS ?= 2
 KILLS ?= 21
 SEED ?= 1
 
@@ -27,8 +26,8 @@ demo-chain: setup ## The same through the Provider's dialect, ordered and paid f
 up: setup ## Start the service and keep it running until Ctrl-C
 	@exec .venv/bin/c2d up $(ARGS)
 
-test: setup ## Run every test but those that need Docker or Kubernetes, JOBS files at a time; more options in ARGS
-	@exec .venv/bin/pytest -n $(JOBS) --dist loadfile -m "$(ANYWHERE)" $(ARGS)
+test: setup ## Run every test but those that need Docker or Kubernetes, two at a time; more options in ARGS
+	@exec .venv/bin/pytest -n 2 --dist loadgroup -m "$(ANYWHERE)" $(ARGS)
 
 test-docker: setup ## Run the tests that need Docker, on an engine and a registry of their own; as root
 	@scripts/install-docker

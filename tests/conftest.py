@@ -19,7 +19,10 @@ import pytest
 _PREFIXES: Final = ("PREFECT_", "C2D_")
 _FOLDER: Final = tempfile.TemporaryDirectory(prefix="c2d-tests-")
 
-for _name in [name for name in os.environ if name.startswith(_PREFIXES)]:
+_KEPT: Final = {"C2D_KUBERNETES"}
+"""Of the machine: where ``scripts/install-kubernetes`` has built a cluster."""
+
+for _name in [name for name in os.environ if name.startswith(_PREFIXES) and name not in _KEPT]:
     del os.environ[_name]
 os.environ["PREFECT_HOME"] = f"{_FOLDER.name}/prefect"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
@@ -43,6 +46,17 @@ VARIABLES: Final = {"C2D_NETWORKS": "127.0.0.0/8"}
 
 def pytest_unconfigure() -> None:
     _FOLDER.cleanup()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """
+    What is done side by side: the tests over the whole service one after another, beside them the others, by files.
+    Two services at once are more than two processors bear: stops take longer than they may, and Prefect's database is
+    locked.
+    """
+    for item in items:
+        whole = item.get_closest_marker("worker") is not None
+        item.add_marker(pytest.mark.xdist_group("service" if whole else item.path.name))
 
 
 def _settings() -> dict[str, str]:
@@ -154,10 +168,11 @@ class PrefectServer:
 
 @pytest.fixture(scope="session")
 def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    """A Prefect server, for tests marked ``server``: that of the service if one is started anyway, else alone."""
+    """A Prefect server, for tests marked ``server``: that of the service if one is started here anyway, else alone."""
     from cli.service import ROOT, Part, Service, free_port, until_answered
 
-    if any(item.get_closest_marker("worker") for item in request.session.items):
+    beside = "PYTEST_XDIST_WORKER" in os.environ
+    if not beside and any(item.get_closest_marker("worker") for item in request.session.items):
         shared: Service = request.getfixturevalue("service")
         yield PrefectServer(shared.state, shared.prefect_url)
         return
