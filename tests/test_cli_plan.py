@@ -74,7 +74,6 @@ def test_every_problem_is_printed(c2d: Any, tmp_path: Path) -> None:
     answer = c2d("plan", path)
     assert (1, "") == (answer.code, answer.out)
     assert [
-        "stages",
         "stages.0.compute.namespace",
         "stages.0.input.0.id",
         "stages.0.input.0.url.0",

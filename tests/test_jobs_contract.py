@@ -69,8 +69,8 @@ async def in_memory() -> AsyncIterator[Jobs]:
     yield MemoryJobs(
         {
             ENVIRONMENT: offer(ENVIRONMENT),
-            FADING: offer(FADING, storage_expiry=1),
-            HOPELESS: offer(HOPELESS, max_wait=1),
+            FADING: offer(FADING, storage_expiry=3),
+            HOPELESS: offer(HOPELESS, max_wait=3),
         }
     )
 
@@ -608,7 +608,7 @@ async def test_results_in_several_environments_expire_together(jobs: Jobs) -> No
         await published(jobs, job)
         stopped = await only(jobs.stop(by_id(job)))
         assert stopped.finished is not None
-        assert stopped.finished + timedelta(seconds=1) == stopped.expires
+        assert stopped.finished + timedelta(seconds=3) == stopped.expires
         await past(stopped)
         assert (True, ()) == ((told := await only(jobs.find(by_id(job)))).expired, told.results)
         await jobs.expire(FADING, most=1000)
@@ -774,7 +774,7 @@ async def test_a_restart_at_the_same_time(jobs: Jobs) -> None:
 
 # Waiting for too long.
 
-TOO_LONG: Final = 1.1
+TOO_LONG: Final = 3.1
 
 
 async def test_a_job_that_waited_too_long_has_ended(jobs: Jobs) -> None:

@@ -167,7 +167,7 @@ SERVERS: Final = (
     Server("a chunk beyond any size", NOT_HTTP, _says(_ok(_CHUNKED, body=b"F" * 40 + b"\r\n12345"))),
     Server("a chunk that wraps", NOT_HTTP, _says(_ok(_CHUNKED, body=b"10000000000000005\r\n12345\r\n0\r\n\r\n"))),
     Server("a line of a chunk without an end", TOO_LATE, _forever(_ok(_CHUNKED, body=b"5;"), b"x" * 65_536)),
-    Server("trailers without an end", NOT_HTTP, _forever(_ok(_CHUNKED, body=b"0\r\n"), b"X-Y: z\r\n" * 1000)),
+    Server("trailers without an end", NOT_HTTP, _says(_ok(_CHUNKED, body=b"0\r\n"), b"X-Y: z\r\n" * 100_000)),
     Server("chunks without an end", TOO_MUCH, _forever(_ok(_CHUNKED), b"10000\r\n" + b"x" * 65_536 + b"\r\n")),
     Server("small chunks without an end", TOO_MUCH, _forever(_ok(_CHUNKED), b"80\r\n%b\r\n" % (b"x" * 128) * 1000)),
     Server("chunks that drip", TOO_LATE, _forever(_ok(_CHUNKED), b"1\r\nx\r\n", 0.1)),
