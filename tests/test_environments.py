@@ -22,6 +22,7 @@ from blocks.containers import DockerRunner
 from blocks.environment import ComputeEnvironment, load_environments_sync
 from blocks.keys import ProviderKey
 from blocks.limits import GIB, Offer
+from blocks.pods import KubernetesRunner
 from blocks.process import ProcessRunner
 from blocks.remote import Access
 from cli.service import ROOT
@@ -135,6 +136,25 @@ def test_a_key_is_an_environments_address(tmp_path: Path, address: str) -> None:
     assert KEY not in f"{with_key!r} {with_key} {with_key.access()!r} {with_key.model_dump_json()}"
 
 
+def test_a_cluster_is_told_where(tmp_path: Path) -> None:
+    """What an operator says of a cluster is what its runner goes by; what is left out is as the manifests make it."""
+    block = ComputeEnvironment.model_validate(
+        {
+            "offer": {"id": "a", "limits": {"gpus": 2}, "max_wait": 77},
+            "work_pool": "p",
+            "runner": "kubernetes",
+            "workspace": str(tmp_path),
+            "pull": "always",
+            "kubernetes": {"pull_secrets": ["ghcr"], "node_selector": {"accelerator": "h100"}},
+        }
+    )
+    runner = block.make_runner()
+    assert isinstance(runner, KubernetesRunner)
+    assert ("c2d-jobs", "c2d-work", "c2d-algorithm") == (runner.namespace, runner.claim, runner.account)
+    assert (str(tmp_path), 77, "always") == (runner.mount, runner.wait_seconds, runner.pull)
+    assert (("ghcr",), {"accelerator": "h100"}) == (runner.pull_secrets, runner.node_selector)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -155,6 +175,16 @@ def test_a_key_is_an_environments_address(tmp_path: Path, address: str) -> None:
         {"offer": {"id": "a"}, "work_pool": "p", "runner": "docker", "allow_unsandboxed": True},
         {"offer": {"id": "a"}, "work_pool": "p", "runner": "docker", "path": ["/opt/bin"]},
         {"offer": {"id": "a"}, "work_pool": "p", "runner": "docker", "pull": "sometimes"},
+        {"offer": {"id": "a"}, "work_pool": "p", "kubernetes": {"claim": "data"}},
+        {"offer": {"id": "a"}, "work_pool": "p", "runner": "kubernetes", "kubernetes": {"claim": "no name"}},
+        {"offer": {"id": "a"}, "work_pool": "p", "runner": "kubernetes", "kubernetes": {"node": "here"}},
+        {"offer": {"id": "a"}, "work_pool": "p", "runner": "kubernetes", "system": ["/opt"]},
+        {
+            "offer": {"id": "a"},
+            "work_pool": "p",
+            "runner": "kubernetes",
+            "registries": {"ghcr.io": {"username": "u", "password": MARKER}},
+        },
         {"offer": {"id": "a"}, "work_pool": "p", "registries": {"docker.io": MARKER}},
         {"offer": {"id": "a"}, "work_pool": "p", "registries": {"docker.io": {"password": MARKER}}},
         {
