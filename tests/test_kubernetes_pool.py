@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,6 +37,11 @@ STOPPED: Final = 7
 
 CLAIM: Final = "c2d-flows"
 """The cluster of the tests has one of the name that is shipped, of another folder."""
+
+TOKEN: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+OF_NODE: Final = {"/etc/hosts", "/dev/termination-log"}
+"""What a kubelet puts into every container."""
 
 FLOWS: Final = "prefect.io/flow-run-id"
 """Label of what Prefect's worker makes."""
@@ -162,7 +166,8 @@ def remove(cluster: Cluster) -> None:
 
 
 def running(pod: Mapping[str, Any]) -> bool:
-    return any("running" in each["state"] for each in pod["status"].get("containerStatuses", ()))
+    states = [each["state"] for each in pod["status"].get("containerStatuses", ())]
+    return bool(states) and all("running" in state for state in states)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +221,7 @@ def test_a_flow_in_a_pod_of_its_own(pool: Pool) -> None:
     The job completes. Its flow ran with the account that may make Jobs and its algorithm with none, both without root
     and capabilities; no secret can be read in what the cluster keeps of them, nor in what any part has said.
     """
-    job_id = pool.submit_running(5)
+    job_id = pool.submit_running(15)
     (flow,), (algorithm,) = pool.flows(), pool.algorithms()
     assert ("c2d-worker", "c2d-algorithm") == tuple(pod["spec"]["serviceAccountName"] for pod in (flow, algorithm))
     for pod in (flow, algorithm):
@@ -244,20 +249,19 @@ def test_a_flow_in_a_pod_of_its_own(pool: Pool) -> None:
     assert ["algorithm", "log", "prefect-job"] == sorted(
         each["Config"]["Labels"]["io.kubernetes.container.name"] for each in found
     )
+    writable = {
+        "prefect-job": {"/tmp", str(pool.state)},
+        "algorithm": {"/data/outputs", "/data/logs", "/tmp", "/dev/shm"},
+        "log": {"/log"},
+    }
     for each in found:
+        name = each["Config"]["Labels"]["io.kubernetes.container.name"]
         host = each["HostConfig"]
         assert (True, ["ALL"], False) == (host["ReadonlyRootfs"], host["CapDrop"], host["Privileged"])
         assert "no-new-privileges" in str(host["SecurityOpt"])
         assert str(USER) == each["Config"]["User"].partition(":")[0]
-        token = [m for m in each["Mounts"] if m["Destination"] == "/var/run/secrets/kubernetes.io/serviceaccount"]
-        assert (each["Config"]["Labels"]["io.kubernetes.container.name"] == "prefect-job") == bool(token)
-        writable = {mount["Destination"] for mount in each["Mounts"] if mount["RW"]}
-        own = {
-            "prefect-job": {"/tmp", str(pool.state)},
-            "algorithm": {"/data/outputs", "/data/logs", "/tmp", "/dev/shm"},
-            "log": {"/log"},
-        }[each["Config"]["Labels"]["io.kubernetes.container.name"]]
-        assert own == writable - {"/dev/termination-log"}
+        assert (name == "prefect-job") == any(mount["Destination"] == TOKEN for mount in each["Mounts"])
+        assert writable[name] == {mount["Destination"] for mount in each["Mounts"] if mount["RW"]} - OF_NODE
     # By name, in the one pod that needs it.
     login = {"secretKeyRef": {"key": "PREFECT_API_AUTH_STRING", "name": "c2d-prefect"}}
     (container,) = flow["spec"]["containers"]
@@ -277,17 +281,15 @@ def test_a_flow_in_a_pod_of_its_own(pool: Pool) -> None:
 
 
 def test_a_stop_reaches_a_flow_in_a_pod(pool: Pool) -> None:
-    """The algorithm's Job is asked to go within seconds of the request; nothing is left of it, nor of the flow's."""
+    """The algorithm's Job is asked to go within ten seconds of the request; nothing is left of it, nor of the flow's."""
     job_id = pool.submit_running(50)
-    began = time.monotonic()
     assert pool.consumer.http.put("/api/v1/operator/compute", params={"jobId": job_id}).is_success
 
     def going() -> bool:
         jobs = pool.cluster.get("jobs", "-n", NAMESPACE, "-l", "c2d.job")["items"]
         return all(job["metadata"].get("deletionTimestamp") for job in jobs)
 
-    assert eventually(going, 30)
-    assert time.monotonic() - began < 10
+    assert eventually(going, 10)
     job = pool.consumer.wait(job_id)
     assert STOPPED == job["status"], f"{job}\n{pool.told()}"
     assert eventually(lambda: not pool.cluster.jobs() and not pool.flows() and not pool.algorithms(), 60)
