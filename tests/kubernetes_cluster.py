@@ -8,10 +8,15 @@ builds.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
+import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,6 +37,8 @@ PIDS: Final = 160
 """Processes of one pod, by the kubelet."""
 GATEWAY: Final = "172.30.0.1"
 """The node, as pods see it."""
+_SERVICE: Final = "10.250.0.1"
+"""What pods are told to be the API server: the first address for services."""
 
 _MANIFESTS: Final = Path(__file__).parent.parent / "deploy" / "kubernetes" / "algorithms"
 _ADMIN: Final = "c2d-admin-token"
@@ -140,6 +147,40 @@ class Cluster:
         patch = [{"op": "add", "path": path, "value": str(gpus)}]
         self._call("PATCH", f"/api/v1/nodes/{NODE}/status", patch)
         assert _eventually(lambda: str(gpus) == self.get("node", NODE)["status"]["allocatable"].get(resource, "0"), 30)
+
+    @contextmanager
+    def opened(self, *ports: int) -> Iterator[None]:
+        """
+        While this lasts, pods reach the API server at the address that they are told, as with a kube-proxy, and what
+        listens on these ports of this machine's loopback, at GATEWAY.
+        """
+        (api,) = re.findall(r"\d+$", self.url)
+        address = (f"{_SERVICE}/32", "dev", "lo")
+        self._in_node("ip", "address", "add", *address)
+        try:
+            with ExitStack() as ways:
+                ways.enter_context(_forwarded(self._listener(_SERVICE, 443), int(api)))
+                for port in ports:
+                    ways.enter_context(_forwarded(self._listener(GATEWAY, port), port))
+                yield
+        finally:
+            self._in_node("ip", "address", "del", *address)
+
+    def _in_node(self, *command: str, **more: Any) -> None:
+        subprocess.run([*self.within, *command], check=True, timeout=30, **more)
+
+    def _listener(self, address: str, port: int) -> socket.socket:
+        """A socket that listens in the network of the node: it stays where it was made, whoever has it."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            script = (
+                "import socket, sys; there = socket.create_server((sys.argv[1], int(sys.argv[2])), backlog=128); "
+                "socket.send_fds(socket.socket(fileno=int(sys.argv[3])), [b'.'], [there.fileno()])"
+            )
+            command = (sys.executable, "-I", "-c", script, address, f"{port}", f"{theirs.fileno()}")
+            self._in_node(*command, pass_fds=[theirs.fileno()])
+            _, (found,), _, _ = socket.recv_fds(ours, 1, 1)
+        return socket.socket(fileno=found)
 
     @contextmanager
     def without_api(self) -> Iterator[None]:
@@ -291,6 +332,8 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
             built / "kube-controller-manager",
             *common,
             *(f"--secure-port={controllers}", f"--service-account-private-key-file={folder}/sa.key"),
+            # By which pods know the API server: beside their token lies the certificate of its authority.
+            f"--root-ca-file={folder}/certs/apiserver.crt",
             *(
                 "--feature-gates=TTLAfterFinished=true",
                 "--controllers=*,-cloud-node-lifecycle,-route,-service,-csrsigning",
@@ -436,6 +479,51 @@ def _volume(mount: Path) -> Sequence[Mapping[str, Any]]:
             "spec": {"accessModes": modes, "resources": {"requests": size}, "storageClassName": "tests"},
         },
     ]
+
+
+@contextmanager
+def _forwarded(listener: socket.socket, port: int) -> Iterator[None]:
+    """While this lasts, whoever connects to *listener*, which is closed at last, speaks to that port of loopback."""
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while chunk := await source.read(2**16):
+                sink.write(chunk)
+                await sink.drain()
+            sink.write_eof()
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            to = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            writer.close()
+            return
+        try:
+            await asyncio.gather(copy(reader, to[1]), copy(to[0], writer))
+        finally:
+            to[1].close()
+            writer.close()
+
+    async def serve(ended: asyncio.Event) -> None:
+        server = await asyncio.start_server(speak, sock=listener)
+        await ended.wait()
+        # What still speaks is ended with the loop.
+        server.close()
+
+    loop, ended = asyncio.new_event_loop(), asyncio.Event()
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(serve(ended))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 # --- Parts ----------------------------------------------------------------------------------------------------
