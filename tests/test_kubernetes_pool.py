@@ -281,7 +281,7 @@ def test_a_flow_in_a_pod_of_its_own(pool: Pool) -> None:
 
 
 def test_a_stop_reaches_a_flow_in_a_pod(pool: Pool) -> None:
-    """The algorithm's Job is asked to go within ten seconds of the request; nothing is left of it, nor of the flow's."""
+    """The algorithm's Job is asked to go within ten seconds of the request. Nothing is left of it or of the flow's."""
     job_id = pool.submit_running(50)
     assert pool.consumer.http.put("/api/v1/operator/compute", params={"jobId": job_id}).is_success
 
