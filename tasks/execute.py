@@ -64,7 +64,8 @@ def end_left_runs(runner: Runner, root: Path) -> list[str]:
     *root* is the folder of the jobs. Safe to repeat, and beside jobs in progress.
 
     For what dies together with its caller there is nothing to do. Of the rest, an algorithm would otherwise run on
-    without a deadline, and write where the next try of its job does.
+    without a deadline, and write where the next try of its job does. Without *root* another volume is mounted than
+    the jobs', and who works on them cannot be told: nothing is ended.
 
     Returns:
         The ids of the jobs.
@@ -72,7 +73,9 @@ def end_left_runs(runner: Runner, root: Path) -> list[str]:
     Raises:
         OSError: What runs the algorithms does not answer.
     """
-    ended = []
+    ended: list[str] = []
+    if not root.is_dir():
+        return ended
     for job in sorted(runner.jobs_left()):
         with idle(root, job) as left:
             if left:

@@ -500,6 +500,8 @@ def _forwarded(listener: socket.socket, port: int) -> Iterator[None]:
             return
         try:
             await asyncio.gather(copy(reader, to[1]), copy(to[0], writer))
+        except asyncio.CancelledError:
+            pass  # By the end of the loop, of which asyncio would complain.
         finally:
             to[1].close()
             writer.close()

@@ -260,12 +260,14 @@ def test_what_everybody_has_forgotten_is_found(engine: Engine, here: Bench) -> N
 
 
 def test_jobs_that_nobody_works_on_are_ended(engine: Engine, here: Bench) -> None:
-    """Whose folder no process holds; a job in progress is left alone."""
+    """Whose folder no process holds; a job in progress is left alone, and so are all where there are no folders."""
     process, guard = begun(here, "98784")
     guard.send_signal(signal.SIGKILL)
     process.kill()
     process.wait()
     job, jobs = f"job-{here.name}", here.root / "jobs"
+    assert [] == end_left_runs(here.runner, jobs)
+    assert sleepers("98784")
     with held(jobs, job, 60):
         assert [] == end_left_runs(here.runner, jobs)
         assert sleepers("98784")

@@ -57,7 +57,7 @@ def here(text: str, state: Path, prefect_port: int) -> str:
     """
     return (
         text.replace('"c2d-work"', f'"{CLAIM}"')
-        .replace("claimName: c2d-work\n", f"claimName: {CLAIM}\n")
+        .replace("{claimName: c2d-work}", f"{{claimName: {CLAIM}}}")
         .replace("/var/lib/c2d", str(state))
         .replace("prefect-server.c2d:4200", f"{GATEWAY}:{prefect_port}")
     )
@@ -276,12 +276,14 @@ def test_a_flow_in_a_pod_of_its_own(pool: Pool) -> None:
     assert any("worker" in name for name in said) and any("upkeep" in name for name in said)
     assert not [name for name, text in said.items() if any(secret in text for secret in pool.secrets)]
     assert not [name for name, text in said.items() if "Traceback" in text or "Forbidden" in text], said
+    # The upkeep sees who works on a folder from its own pod, and leaves them alone.
+    assert not [name for name, text in said.items() if "was ended" in text], said
     assert eventually(lambda: not pool.cluster.jobs() and not pool.flows() and not pool.algorithms(), 60)
     assert eventually(lambda: not (pool.state / "work" / job_id).exists(), 30)
 
 
 def test_a_stop_reaches_a_flow_in_a_pod(pool: Pool) -> None:
-    """The algorithm's Job is asked to go within ten seconds of the request; nothing is left of either."""
+    """The algorithm's Job is asked to go within ten seconds of the request. Nothing is left of it or of the flow's."""
     job_id = pool.submit_running(50)
     assert pool.consumer.http.put("/api/v1/operator/compute", params={"jobId": job_id}).is_success
 
