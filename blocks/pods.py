@@ -91,6 +91,8 @@ KEPT: Final = 600
 HEARD: Final = 3.0
 """Seconds after which a node has heard that a pod is to end. What it begins for it later, because it was getting an
 image, finds no script to run."""
+TAKEN: Final = 10.0
+"""Seconds after which a container that is said to run has begun to."""
 SIGN: Final = 2.0
 """Seconds between two signs of life."""
 
@@ -350,7 +352,7 @@ class KubernetesRunner(Runner):
         async with _looking(api, self.namespace, job) as sight:
             with closing(DiskWatch(execution.folders, limits.disk_bytes, members=list, top=None)) as disk:
                 while (end := sight.last.end) is None:
-                    life.give()
+                    life.give(taken=began is not None and time.monotonic() - began > TAKEN)
                     if began is None and sight.last.begun:
                         began = time.monotonic()
                         on_waiting("")
@@ -395,14 +397,14 @@ class KubernetesRunner(Runner):
             _container(
                 _LOG,
                 "/",
-                _IN_PLACE.format(then=_LOGGER.format(blocks=_blocks(limits))),
+                _IN_PLACE.format(condition=f"[ -p /c2d/{_OUTPUT} ]", then=_LOGGER.format(blocks=_blocks(limits))),
                 {"cpu": "50m", "memory": "32Mi", "ephemeral-storage": "16Mi"},
                 [self._shown(_control(execution), "/c2d"), self._shown(execution.folders.log, "/log", writable=True)],
             ),
             _container(
                 _ALGORITHM,
                 "/data",
-                _IN_PLACE.format(then="exec /bin/sh /c2d/run"),
+                _IN_PLACE.format(condition=f"read -r turn </c2d/{_TURN}", then="exec /bin/sh /c2d/run"),
                 resources,
                 [
                     self._shown(_control(execution), "/c2d"),
@@ -526,14 +528,19 @@ def _container(
 # --- In the pod -----------------------------------------------------------------------------------------------
 
 _SIGN: Final = "sign"
+_TURN: Final = "turn"
+"""Is there until the first pod has begun; any other, of whoever's making, does nothing."""
 _OUTPUT: Final = "output"
 
 _LATE_MARK: Final = "late"
 _MEMORY_MARK: Final = "memory"
 _ELSEWHERE_MARK: Final = "elsewhere"
 
-# A folder that is not there, because another volume is mounted here, a node makes.
-_IN_PLACE: Final = f"[ -r /c2d/run ] || {{{{ echo {_ELSEWHERE_MARK} >/dev/termination-log; exit 1; }}}}; {{then}}"
+# A folder that is not there, because another volume is mounted here, a node makes. By opening it a file is asked for
+# anew on every file system.
+_IN_PLACE: Final = (
+    f"{{condition}} 2>/dev/null || {{{{ echo {_ELSEWHERE_MARK} >/dev/termination-log; exit 1; }}}}; {{then}}"
+)
 
 # Deaf to a request to end, so that the last words of the algorithm arrive.
 _LOGGER: Final = f"trap '' TERM; ulimit -c 0; ulimit -f {{blocks}}; exec cat /c2d/{_OUTPUT} >>/log"
@@ -639,6 +646,8 @@ def _prepare(execution: Execution, uid: int, *, counted: bool, alone_seconds: fl
     os.mkfifo(control / _OUTPUT, 0o600)
     (control / _SIGN).write_text("0\n")
     (control / _SIGN).chmod(0o644)
+    (control / _TURN).write_text("first\n")
+    (control / _TURN).chmod(0o644)
     if os.geteuid() == 0:
         for path in (run, control / _OUTPUT, execution.folders.log):
             os.chown(path, uid, uid)
@@ -715,10 +724,13 @@ class _SignsOfLife:
         self._given = 0
         self._due = 0.0
 
-    def give(self) -> None:
+    def give(self, *, taken: bool) -> None:
+        """*taken*: the pod has begun for certain, so that no second one may."""
         if (now := time.monotonic()) >= self._due:
             self._given, self._due = self._given + 1, now + SIGN
             self._file.write_text(f"{self._given}\n")
+            if taken:
+                self._file.with_name(_TURN).unlink(missing_ok=True)
 
 
 @asynccontextmanager
@@ -790,7 +802,7 @@ class _Eye:
         if any(c.type == "Failed" and c.reason == "DeadlineExceeded" for c in job.status.conditions or ()):
             return _Seen(end=_End(Ending.TIMED_OUT if self._begun else Ending.REFUSED, words="its Job has timed out"))
         if self._pod or job.metadata.deletion_timestamp:
-            # Removed by somebody. The cluster may make another pod of the Job, over what this one has written.
+            # By somebody else.
             return _Seen(end=_KILLED)
         refusal = await self._warning(f"name={self._name}", "FailedCreate")
         if refusal and "exceeded quota" not in refusal and re.search(r"forbidden|not found|invalid", refusal):
@@ -810,7 +822,10 @@ class _Eye:
             # Else the last of its output is on the way.
             if not (log and log.running) or time.monotonic() - self._over_since > SETTLED:
                 end = _of_container(own.terminated)
-        elif log and log.terminated and not pod.metadata.deletion_timestamp:
+        elif pod.metadata.deletion_timestamp:
+            # By somebody else. The cluster makes another pod of the Job at once, over what this one has written.
+            end = _KILLED
+        elif log and log.terminated:
             end = _of_logger(log.terminated)
         elif not self._begun:
             return await self._of_begin(pod, [state.waiting for state in states.values() if state.waiting])

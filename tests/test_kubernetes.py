@@ -470,12 +470,12 @@ def test_an_api_server_that_is_away_ends_no_run(start: Start, cluster: Cluster, 
 
 
 def test_a_removed_job_ends_its_run(start: Start, cluster: Cluster, here: Bench) -> None:
-    """When somebody removes the Job of a run in progress, the run is over, and says that it was asked to end."""
+    """When somebody removes the Job of a run in progress, the run is over, and says that it was killed."""
     run = start(here, "touch $OUTPUTS/begun; sleep 98783", seconds=90)
     assert run.begun()
     here.runner.remove_job(f"job-{here.name}")
     report = run.end()
-    assert (Ending.EXITED, 143, "was ended by SIGTERM") == (report.ending, report.code, report.detail)
+    assert (Ending.EXITED, 137, "was ended by SIGKILL") == (report.ending, report.code, report.detail)
     assert [] == sleepers("98783")
 
 
@@ -489,6 +489,32 @@ def test_a_removed_pod_ends_its_run(start: Start, cluster: Cluster, here: Bench)
     assert (Ending.EXITED, False) == (report.ending, report.ok)
     assert "begun\n" == here.log
     assert eventually(lambda: not pods_of(cluster, here), 30)
+
+
+def test_a_second_pod_does_nothing(start: Start, cluster: Cluster, here: Bench) -> None:
+    """Whoever makes it: once a run has begun, what its pods are made of runs nothing any more."""
+    run = start(here, f"echo begun; {WAITS}", seconds=90, cpus=0.1)
+    assert run.begun()
+    assert eventually(lambda: not (here.root / "algorithm.log.pod" / "turn").exists(), 30)
+    (pod,) = pods_of(cluster, here)
+    copy = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "copy", "namespace": NAMESPACE},
+        "spec": {key: value for key, value in pod["spec"].items() if key != "nodeName"},
+    }
+    cluster.apply(copy)
+    phase = ("get", "pod", "copy", "-n", NAMESPACE, "-o", "jsonpath={.status.phase}")
+    assert eventually(lambda: cluster.kubectl(*phase) == "Failed", 60)
+    (ended,) = [
+        each["state"]["terminated"]
+        for each in cluster.get("pod", "copy", "-n", NAMESPACE)["status"]["containerStatuses"]
+        if each["name"] == "algorithm"
+    ]
+    assert "elsewhere" == ended["message"].strip()
+    cluster.kubectl("delete", "pod", "copy", "-n", NAMESPACE, "--wait=false")
+    assert run.go().ok
+    assert "begun\n" == here.log
 
 
 # --- What is left ---------------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def test_killed_caller_takes_the_algorithm_along(runner: Runner, root: Path) -> 
     assert process.stdin is not None
     with process.stdin as pipe:
         pipe.write(pickle.dumps((runner.runner if isinstance(runner, Dropped) else runner, execution)))
-    assert eventually(lambda: len(sleepers(seconds)) == (1 if runner is PLAIN else 3), 30)
+    assert eventually(lambda: len(sleepers(seconds)) == (1 if runner is PLAIN else 3), 60)
     process.kill()
     process.wait()
     assert eventually(lambda: not sleepers(seconds), 2 + here.slack)
