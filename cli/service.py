@@ -304,8 +304,8 @@ class Service:
             "PREFECT_CLI_PROMPT": "false",
             # Stock workers ask every 15 s; on one machine asking often costs next to nothing.
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            # A job that waits for its slot is not late. To say so Prefect writes to all that wait at once, and again every
-            # 5 s until it has worked; with SQLite that keeps everybody else from writing.
+            # A job that waits for its slot is not late. To say so Prefect writes to all that wait at once, and again
+            # every 5 s until that has worked; with SQLite nobody else can write meanwhile.
             "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
             # What a server answers whose database is away. It is repeated as when the server itself is.
             "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
