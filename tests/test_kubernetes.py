@@ -363,7 +363,7 @@ def test_a_quota_is_waited_for(start: Start, cluster: Cluster, here: Bench) -> N
         assert eventually(lambda: any("exceeded quota" in told for told in run.told), 30), run.told
         run.stop.set()
         assert Ending.STOPPED is run.end().ending
-    assert not cluster.pods()
+    assert not pods_of(cluster, here)
 
 
 def test_what_can_never_be_is_refused_at_once(cluster: Cluster, root: Path) -> None:
