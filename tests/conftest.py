@@ -48,6 +48,7 @@ def pytest_unconfigure() -> None:
     _FOLDER.cleanup()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     What is done side by side: the tests over the whole service one after another, beside them the others, by files.
