@@ -26,8 +26,8 @@ demo-chain: setup ## The same through the Provider's dialect, ordered and paid f
 up: setup ## Start the service and keep it running until Ctrl-C
 	@exec .venv/bin/c2d up $(ARGS)
 
-test: setup ## Run every test but those that need Docker or Kubernetes, two at a time; more options in ARGS
-	@exec .venv/bin/pytest -n 2 --dist loadgroup -m "$(ANYWHERE)" $(ARGS)
+test: setup ## Run every test but those that need Docker or Kubernetes, two files at a time; more options in ARGS
+	@exec .venv/bin/pytest -n 2 --dist loadfile -m "$(ANYWHERE)" $(ARGS)
 
 test-docker: setup ## Run the tests that need Docker, on an engine and a registry of their own; as root
 	@scripts/install-docker

@@ -48,18 +48,6 @@ def pytest_unconfigure() -> None:
     _FOLDER.cleanup()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """
-    What is done side by side: the tests over the whole service one after another, beside them the others, by files.
-    Two services at once are more than two processors bear: stops take longer than they may, and Prefect's database is
-    locked.
-    """
-    for item in items:
-        whole = item.get_closest_marker("worker") is not None
-        item.add_marker(pytest.mark.xdist_group("service" if whole else item.path.name))
-
-
 def _settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
 
