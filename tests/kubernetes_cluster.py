@@ -291,6 +291,9 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
         parts.callback(_end, holder)
         within = [f"--mount=/proc/{holder.pid}/ns/mnt"]
         network = f"--net=/proc/{holder.pid}/ns/net"
+        # Before the engine, whose containers are in it until the engine has ended.
+        root_group = _groups(folder)
+        parts.callback(_remove_groups, root_group)
         (folder / "engine").mkdir()
         engine = parts.enter_context(
             docker_engine(
@@ -340,8 +343,6 @@ def kubernetes_cluster(folder: Path) -> Iterator[Cluster]:
             ),
         )
         start("scheduler", built / "kube-scheduler", *common, f"--secure-port={scheduler}")
-        root_group = _groups(folder)
-        parts.callback(_remove_groups, root_group)
         configuration = folder / "kubelet.yaml"
         configuration.write_text(yaml.safe_dump(_kubelet(folder, root_group, kubelet, health)))
         parts.callback(cluster.kubelet.end)
