@@ -73,7 +73,7 @@ class ImageUnavailable(Exception):
 
 
 Progress = Callable[[int, int, int, int], None]
-"""Told how far a transfer is: bytes done, bytes in all, parts done, parts in all."""
+"""Told how far a transfer is: bytes done, bytes in all or 0 while unknown, parts done, parts in all."""
 
 
 def untold(done_bytes: int, total_bytes: int, done: int, total: int) -> None:

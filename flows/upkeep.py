@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
@@ -98,6 +99,8 @@ class Upkeep(Reconciler):
     silent_seconds: float = SILENT_SECONDS
     _idle_since: dict[UUID, tuple[UUID, float]] = field(default_factory=dict)
     """Since when nobody holds the folder of a run, and the state that the run was in then."""
+    _roots: Collection[Path] = ()
+    """The folders of the jobs of this pool, as of this round."""
     _answered_since: float | None = None
     """Since when the server has answered every round."""
 
@@ -133,15 +136,15 @@ class Upkeep(Reconciler):
 
     async def _in_progress(self) -> list[FlowRun]:
         found = await super()._in_progress()
+        blocks = await load_environments(self.client)
+        self._roots = {block.workspace_root() for block in blocks.values() if block.work_pool == self.work_pool}
         ids = {run.id for run in found}
         self._idle_since = {run_id: since for run_id, since in self._idle_since.items() if run_id in ids}
         return found
 
     async def _held(self, run: FlowRun) -> bool | None:
         """Whether somebody works on the run's job; None if its folder is not on this machine."""
-        blocks = await load_environments(self.client)
-        roots = {block.workspace_root() for block in blocks.values() if block.work_pool == self.work_pool}
-        found = [await asyncio.to_thread(in_use, root, run.id.hex) for root in roots]
+        found = [await asyncio.to_thread(in_use, root, run.id.hex) for root in self._roots]
         known = [held for held in found if held is not None]
         return any(known) if known else None
 

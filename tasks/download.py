@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 
 from blocks.limits import MIB, FetchLimits
 from blocks.remote import CHUNK, NotTheSame, Parts, Stream, Unreachable, pause
+from blocks.runner import Progress
 from tasks.segments import LARGE, SMALLEST, Segment, Segments, cuts
 
 SECONDS_BETWEEN_REPORTS: Final = 0.2
@@ -27,9 +28,6 @@ WORTH_A_TRY: Final = MIB
 HASHED_AT_ONCE: Final = 8 * MIB
 
 T = TypeVar("T")
-
-Progress = Callable[[int, int, int, int], None]
-"""Called with (bytes done, bytes announced or 0 while unknown, files done, files)."""
 
 
 class Ledger:

@@ -31,7 +31,8 @@ from blocks.files import FileObject, UrlFile
 from blocks.limits import FetchLimits
 from blocks.provider import AssetFile, FoundAsset, Providers, providers
 from blocks.remote import CHUNK, Access, Remotes, Stream, Unreachable, pause, remotes
-from tasks.download import Download, Ledger, Progress
+from blocks.runner import Progress
+from tasks.download import Download, Ledger
 from tasks.results import open_regular, regular_files
 from tasks.stopping import NEVER, go_on
 from tasks.workspace import Workspace
