@@ -59,7 +59,7 @@ class Passage(BaseModel):
 
 
 class JobStatus(BaseModel):
-    """What every status object tells; the last five and *expireTimestamp* are not in the documents."""
+    """What every status object tells; the last six and *expireTimestamp* are not in the documents."""
 
     owner: str
     agreementId: str
@@ -71,6 +71,7 @@ class JobStatus(BaseModel):
     statusText: str
     reason: str = Field(description="Why the job is where it is and what comes next")
     progress: float = Field(description="0 to 1")
+    secondsLeft: float | None = Field(description="Of fetching inputs or image, estimated; null at all other times")
     stage: int | None
     stages: int
     history: list[Passage]
@@ -287,6 +288,7 @@ def _told(job: Job, dialect: Dialect) -> dict[str, Any]:
         "statusText": job.text,
         "reason": job.reason,
         "progress": job.progress,
+        "secondsLeft": None if job.seconds_left is None else round(job.seconds_left, 1),
         "stage": job.stage,
         "stages": job.stages,
         "history": list(_history(job, dialect)),

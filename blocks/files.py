@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 LONGEST_URL: Final = 8_192
+CHECKSUMS: Final = {"md5": 32, "sha1": 40, "sha224": 56, "sha256": 64, "sha384": 96, "sha512": 128}
+"""Hash functions that an owner may have used, and the digits of what they make."""
 
 Url = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_URL)]
 Address = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-fA-F]{40}$")]
@@ -32,6 +44,30 @@ class _File(BaseModel):
     """Everything but the type may be its owner's secret, so none of it is in a repr or an error."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True)
+
+    checksum: Annotated[str, StringConstraints(to_lower=True)] | None = None
+    """In hex; what arrives has to have it. With ``checksumType`` as in OEP-8, metadata of an asset's files."""
+    checksum_type: Annotated[str, StringConstraints(to_lower=True)] = Field(default="sha256", alias="checksumType")
+
+    @field_validator("checksum", mode="before")
+    @classmethod
+    def _empty(cls, given: Any) -> Any:
+        return given or None
+
+    @model_validator(mode="after")
+    def _checkable(self) -> Self:
+        if self.checksum is not None:
+            length = CHECKSUMS.get(self.checksum_type.replace("-", ""))
+            if length is None:
+                raise ValueError(f"checksumType: must be one of {', '.join(CHECKSUMS)}")
+            if not re.fullmatch(rf"[0-9a-f]{{{length}}}", self.checksum):
+                raise ValueError(f"checksum: must be {length} hexadecimal digits")
+        return self
+
+    @property
+    def declared(self) -> tuple[str, str] | None:
+        """Name of a hash function, as hashlib has it, and what it makes of this file, in hex."""
+        return None if self.checksum is None else (self.checksum_type.replace("-", ""), self.checksum)
 
     def given(self, parameters: Parameters) -> Self:
         """
@@ -151,16 +187,19 @@ def parse_file(value: Any) -> File:
             # Pydantic's own words quote the type that was given, which is whatever an owner has mistyped there.
             f"type: must be one of {error['ctx']['expected_tags']}"
             if error["type"] == "union_tag_invalid"
-            else f"{_field(error['loc'][1:])}: {error['msg']}"
+            else f"{_field(error['loc'][1:])}{error['msg'].removeprefix('Value error, ')}"
             for error in fault.errors(include_url=False, include_input=False)
         ]
     raise BadFile("; ".join(faults))
 
 
 def _field(location: tuple[int | str, ...]) -> str:
-    """Of headers only that: what stands in place of a name may be a value."""
+    """
+    What a message begins with; nothing for one that names its fields itself. Of headers only that: what stands in
+    place of a name may be a value.
+    """
     names = list(map(str, location))
-    return ".".join(names[:1] if "headers" in names else names) or "type"
+    return "".join(f"{name}: " for name in [".".join(names[:1] if "headers" in names else names)] if name)
 
 
 def parse_files(values: Any) -> tuple[File, ...]:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from blocks.limits import MIB
@@ -101,12 +101,36 @@ class ManifestFile(BaseModel):
     stage: int
 
 
+class ManifestInput(BaseModel):
+    """
+    One file that an algorithm has read. *input* is the id of its data set, *position* its place there; *size* in bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: str
+    position: int
+    location: str = Field(default="", repr=False)
+    """Where it is from: its file object, sealed; empty for what another stage has put out."""
+    size: int
+    sha256: str
+    type: str | None = None
+    """Media type, as its source says."""
+    fetched: AwareDatetime
+    """When the last byte was here, or when its source has said that what was here already is still the same."""
+    source: str
+    """``origin``, ``cache``, or ``stage <n>``."""
+    stage: int
+    """That has read it."""
+
+
 class Manifest(BaseModel):
-    """What is there to be had: of one stage as published, of a job as read."""
+    """What is there to be had: of one stage as published, of a job as read; and what it was made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     files: tuple[ManifestFile, ...]
+    inputs: tuple[ManifestInput, ...] = ()
     created: AwareDatetime
     version: Literal[1] = 1
 
@@ -128,6 +152,7 @@ class Manifest(BaseModel):
                 for stage, part in sorted(parts.items())
                 for file in part.files
             ),
+            inputs=tuple(each for _, part in sorted(parts.items()) for each in part.inputs),
             created=max(part.created for part in parts.values()),
         )
 

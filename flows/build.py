@@ -6,9 +6,10 @@ import contextvars
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from threading import Event
@@ -45,8 +46,9 @@ from blocks.assets import folder_name
 from blocks.environment import ComputeEnvironment
 from blocks.limits import MIB
 from blocks.runner import Ending, ExitReport, Image, ImageUnavailable, Progress, Waiting
-from blocks.store import Kind, ResultStore
+from blocks.store import Kind, ManifestInput, ResultStore
 from flows.plan import Plan, PlannedStage, Step
+from flows.reasons import about, seconds_left
 from flows.states import SKIPPED
 from flows.status import Phase, Status
 from tasks.execute import execute_algorithm
@@ -56,6 +58,7 @@ from tasks.provision import (
     FetchedFile,
     InputSource,
     InputUnreachable,
+    Sealer,
     configuration_log,
     fetch_algorithm,
     fetch_inputs,
@@ -95,6 +98,8 @@ class Site:
     """Where stages of other runs of the job have put what they hand over."""
     secret: str = field(default="", repr=False)
     """The algorithm's variable ``secret``: its own, the same at every try, a secret of the service."""
+    seal: Sealer | None = field(default=None, repr=False)
+    """Makes what only this service can read."""
     still_ours: Callable[[], bool] = field(default=lambda: True, repr=False)
     """Asks whether nobody else has this job now."""
     stop: Event = field(default_factory=Event, repr=False)
@@ -169,6 +174,7 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
                 access=site.environment.access(),
                 on_progress=report,
                 on_found=ddos.__setitem__,
+                seal=site.seal,
                 stop=site.stop,
             )
         for planned in stage.inputs:
@@ -185,8 +191,10 @@ def provision_data(site: Site, upstream: Upstream) -> Any:
 
 def _outputs_of(stage: int, site: Site, into: Path) -> tuple[FetchedFile, ...]:
     if stage in site.handovers:
-        return receive(site.handovers[stage], site.job_id, stage, into, stop=site.stop)
-    return link_stage_outputs(site.upstream[stage].outputs, into, stop=site.stop)
+        files = receive(site.handovers[stage], site.job_id, stage, into, stop=site.stop)
+    else:
+        files = link_stage_outputs(site.upstream[stage].outputs, into, stop=site.stop)
+    return tuple(replace(file, source=f"stage {stage}") for file in files)
 
 
 @_step
@@ -275,7 +283,7 @@ def filter_results(site: Site, report: ExitReport) -> Any:
 
 
 @_step
-def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> Any:
+def publish_results(site: Site, inputs: tuple[FetchedFile, ...], report: ExitReport, verdict: FilterReport) -> Any:
     """Put what may leave, and the logs, into the result store."""
     if not (isinstance(report, ExitReport) and isinstance(verdict, FilterReport)) or site.stop.is_set():
         return _skipped()
@@ -306,6 +314,7 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
             },
             publish_output=stage.publish_output and result.ok,
             publish_algorithm_log=stage.publish_algorithm_log,
+            inputs=[_as_read(file, stage.index) for file in inputs],
             stop=site.stop,
             before_it_shows=lambda: _check_still_ours(site),
         )
@@ -322,6 +331,20 @@ def publish_results(site: Site, report: ExitReport, verdict: FilterReport) -> An
             description=f"Published by stage {stage.index}: {len(part.files)} files, {SHOWN} of them shown at most",
         )
     return result
+
+
+def _as_read(file: FetchedFile, stage: int) -> ManifestInput:
+    return ManifestInput(
+        input=file.input_id,
+        position=file.position,
+        location=file.location,
+        size=file.size,
+        sha256=file.sha256,
+        type=file.content_type,
+        fetched=file.at,
+        source=file.source,
+        stage=stage,
+    )
 
 
 def _check_still_ours(site: Site) -> None:
@@ -433,6 +456,7 @@ def run_plan(
     secret_of: Callable[[bytes], str],
     still_ours: Callable[[], bool] = lambda: True,
     *,
+    seal: Sealer | None = None,
     keys: Mapping[str, str],
     run_id: str,
     handovers: Mapping[int, ResultStore],
@@ -441,8 +465,8 @@ def run_plan(
     Run every step of *plan* as a task of the current flow run, each as soon as what it waits for is done.
 
     A step whose result is in the run's folder is not run; ``flows.steps.settle`` leaves only those that hold.
-    *secret_of* makes a text from a name that nobody else can make. *still_ours* is asked before anything is published.
-    *keys* are those of the steps, *run_id* and *handovers* as in ``Site``.
+    *secret_of* makes a text from a name that nobody else can make, *seal* one that nobody else can read. *still_ours*
+    is asked before anything is published. *keys* are those of the steps, *run_id* and *handovers* as in ``Site``.
 
     Returns:
         COMPLETED, or the failure of the first stage (in the plan's order) that failed.
@@ -462,6 +486,7 @@ def run_plan(
                 stop=stop,
                 still_ours=still_ours,
                 secret=secret_of(f"{job_id}/{step.stage}".encode()),
+                seal=seal,
                 stage=stage,
                 environment=environments[stage.environment],
                 upstream={
@@ -541,8 +566,8 @@ def _handed_on(step: Step, futures: Futures) -> dict[str, Any]:
         case Phase.FILTER:
             return {"report": before[Phase.RUN]}
         case Phase.PUBLISH:
-            run = allow_failure(futures[f"{step.stage}/{Phase.RUN}"])
-            return {"report": run, "verdict": before[Phase.FILTER]}
+            inputs, run = (allow_failure(futures[f"{step.stage}/{phase}"]) for phase in (Phase.DATA, Phase.RUN))
+            return {"inputs": inputs, "report": run, "verdict": before[Phase.FILTER]}
 
 
 def _stage_result(stage: PlannedStage, futures: Futures) -> StageResult | None:
@@ -591,13 +616,16 @@ def waiting_key(stage: int) -> str:
 def _progress(key: str, description: str, things: str = "files") -> Iterator[Progress]:
     """A progress artifact of the current task that follows what the yielded function is told, once a second."""
     told = (0, 0, 0, 0)
+    began = time.monotonic()
 
     def report(done_bytes: int, total_bytes: int, done_things: int, all_things: int) -> None:
         nonlocal told
         told = (done_bytes, total_bytes, done_things, all_things)
 
     def shown() -> tuple[float, str]:
-        return _percent(*told), f"{description}: {_amounts(things, *told)}"
+        percent = _percent(*told)
+        left = seconds_left(percent / 100.0, time.monotonic() - began)
+        return percent, f"{description}: {_amounts(things, *told)}" + (f", {about(left)}" if left is not None else "")
 
     with _followed(key, f"{description}: not begun to arrive", shown):
         yield report

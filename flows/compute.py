@@ -267,6 +267,7 @@ def _go_on(task: _Task) -> StageResult:
             environments,
             task.seal.fingerprint,
             _still_ours(flow_run.id, flow_run.run_count),
+            seal=task.seal.close,
             keys=keys,
             run_id=task.run_id,
             handovers=task.handovers,

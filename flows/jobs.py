@@ -88,6 +88,8 @@ class Job:
     stages: int = 1
     progress: float = 0.0
     """0 to 1: the share of the steps that are done, with the bytes of the running fetch counted in."""
+    seconds_left: float | None = None
+    """What the running fetch still takes, estimated; None where nothing is fetched or nobody can say."""
     history: tuple[Transition, ...] = ()
     results: tuple[Result, ...] = ()
     stop_request: StopRequest = StopRequest.NONE

@@ -78,6 +78,7 @@ from flows.reasons import (
     STAGE_BEGINS,
     STAGE_INTERRUPTED,
     STOPPING,
+    seconds_left,
     silent,
     why_ended,
     why_live,
@@ -1281,6 +1282,7 @@ def _job_of(
         stage=stage,
         stages=len(summary["stages"]),
         progress=1.0 if status is Status.COMPLETED else _progress(steps, len(summary["stages"]), fetch),
+        seconds_left=_seconds_left(fetch) if status is Status.CONFIGURING and not final else None,
         history=tuple(past),
         stop_request=stop_request(state, status),
         algorithm_did=summary["algorithm"],
@@ -1394,6 +1396,14 @@ def _holds_up(wait: Artifact | None) -> bool:
 
 def _fraction(fetch: Artifact) -> float:
     return float(fetch.data) / 100.0 if isinstance(fetch.data, int | float) else 0.0
+
+
+def _seconds_left(fetch: Artifact | None) -> float | None:
+    if fetch is None or fetch.created is None or fetch.updated is None:
+        return None
+    left = seconds_left(_fraction(fetch), (fetch.updated - fetch.created).total_seconds())
+    since = (datetime.now(UTC) - fetch.updated).total_seconds()
+    return None if left is None else max(0.0, left - since)
 
 
 def _reason(

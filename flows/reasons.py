@@ -18,6 +18,9 @@ STAGE_INTERRUPTED: Final = "was interrupted; it goes on after its last finished 
 STAGE_BEGINS: Final = "is about to begin: a worker has taken it"
 """For ``why_stages_wait``."""
 
+SOONEST_ESTIMATE: Final = 2.0
+"""Seconds after which it is told how long a transfer still takes: before that it is a guess."""
+
 NAMED: Final = 3
 """Waiting stages that a reason names."""
 
@@ -78,6 +81,21 @@ def why_live(
     if status is Status.RUNNING and seconds:
         return f"{_LIVE[status]}; it has {seconds:g} s at most"
     return _LIVE[status]
+
+
+def seconds_left(done: float, seconds: float) -> float | None:
+    """What a transfer still takes that has come to *done*, 0 to 1, in so many *seconds*; None while nobody can say."""
+    if seconds < SOONEST_ESTIMATE or not 0.0 < done < 1.0:
+        return None
+    return seconds * (1.0 - done) / done
+
+
+def about(seconds: float) -> str:
+    """A time in words: in two digits at most, for it is an estimate."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.0f} {unit} left"
+    return f"about {max(1.0, seconds):.0f} s left"
 
 
 def why_stages_wait(reasons: Mapping[int, str]) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -43,6 +44,13 @@ STOP_TICK: Final = 0.25
 
 OnFound = Callable[[str, Mapping[str, Any]], None]
 """Called with the id of an input and its asset's document."""
+
+ORIGIN: Final = "origin"
+CACHE: Final = "cache"
+"""Of ``FetchedFile.source``."""
+
+Sealer = Callable[[Any], str]
+"""Makes of JSON a text that only this service can read."""
 
 _NOTHING_CONFIGURED: Final = Access()
 
@@ -72,7 +80,10 @@ class InputSource:
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """A file that arrived. *position* is its file name in the input's folder; *seconds* includes all tries."""
+    """
+    A file that arrived. *position* is its file name in the input's folder; *seconds* includes all tries, *at* is when
+    it was complete. *location* says where it is from, to nobody but this service, and *source* how it came.
+    """
 
     input_id: str
     position: int
@@ -80,6 +91,9 @@ class FetchedFile:
     sha256: str
     content_type: str | None
     seconds: float
+    source: str = ORIGIN
+    location: str = field(default="", repr=False)
+    at: datetime = field(default_factory=partial(datetime.now, UTC), compare=False)
 
 
 def fetch_inputs(
@@ -90,6 +104,7 @@ def fetch_inputs(
     access: Access = _NOTHING_CONFIGURED,
     on_progress: Progress | None = None,
     on_found: OnFound | None = None,
+    seal: Sealer | None = None,
     stop: Event | None = None,
 ) -> tuple[FetchedFile, ...]:
     """
@@ -97,9 +112,9 @@ def fetch_inputs(
     be looked up are found.
 
     n counts the files of an input from 0; inputs with the same id share a folder and the count goes on. *access* is
-    how this house reaches sources. *on_progress* is called in the calling thread, a few times a second at most, and
-    *on_found* for each asset that was looked up. Setting *stop*, from any thread, ends the fetching as a failure
-    within a second.
+    how this house reaches sources, and *seal* makes what a file is told to be from. *on_progress* is called in the
+    calling thread, a few times a second at most, and *on_found* for each asset that was looked up. Setting *stop*,
+    from any thread, ends the fetching as a failure within a second.
     Blocks; runs an event loop of its own. Repeating it overwrites.
 
     File systems of fsspec that are not asynchronous run in threads: one that hangs is given up after
@@ -138,7 +153,7 @@ def fetch_inputs(
                 positions[name] += 1
 
     wanted = [_Wanted(sources[n].label, asset) for n, asset in remote.items()]
-    outcome = _fetch_all(wanted, items, limits, access, Ledger(limits.total_bytes, on_progress), stop=stop)
+    outcome = _fetch_all(wanted, items, limits, access, Ledger(limits.total_bytes, on_progress), seal=seal, stop=stop)
     if isinstance(outcome, _Failed):
         raise InputUnreachable(str(outcome))
     return outcome
@@ -329,6 +344,7 @@ def _fetch_all(
     access: Access,
     ledger: Ledger,
     *,
+    seal: Sealer | None = None,
     stop: Event | None,
 ) -> tuple[FetchedFile, ...] | _Failed:
     """Look up what is *wanted*, and fetch the *items* made of what was found, in that order."""
@@ -344,7 +360,9 @@ def _fetch_all(
     try:
         # Not the loop's own pool: name look-ups run there, and some that hang would stop every write.
         with ThreadPoolExecutor(3, thread_name_prefix="fetch-disk") as disk:
-            return asyncio.run(_gather(wanted, lay_out, limits, access, ledger, disk=disk, stop=stop or Event()))
+            return asyncio.run(
+                _gather(wanted, lay_out, limits, access, ledger, disk=disk, seal=seal, stop=stop or Event())
+            )
     finally:
         # When no thread is left that could still make one.
         for item in laid_out:
@@ -359,12 +377,13 @@ async def _gather(
     ledger: Ledger,
     *,
     disk: ThreadPoolExecutor,
+    seal: Sealer | None,
     stop: Event,
 ) -> tuple[FetchedFile, ...] | _Failed:
     first: BaseException
     items: Sequence[_Item] = ()
     async with remotes(limits, access) as opener, providers(limits, access) as others:
-        fetching = _Fetching(opener, others, limits, ledger, disk)
+        fetching = _Fetching(opener, others, limits, ledger, disk, seal)
         try:
             async with asyncio.timeout(limits.seconds_total), asyncio.TaskGroup() as group:
                 watch = group.create_task(_until(stop))
@@ -392,6 +411,18 @@ async def _gather(
     raise first
 
 
+def _digest(path: Path, function: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, function).hexdigest()
+
+
+def _location(file: FileObject | AssetFile) -> Any:
+    """What a file's place is sealed as, in JSON."""
+    if isinstance(file, AssetFile):
+        return {"did": file.asset.did, "serviceId": file.asset.service_id, "fileIndex": file.index}
+    return file.model_dump(mode="json", by_alias=True)
+
+
 async def _until(stop: Event) -> None:
     """Fails once *stop* is set. Asks, a few times a second: an event of threads cannot be awaited."""
     while not stop.is_set():  # noqa: ASYNC110 - set by a thread
@@ -414,6 +445,7 @@ class _Fetching:
     limits: FetchLimits
     ledger: Ledger
     disk: ThreadPoolExecutor
+    seal: Sealer | None
 
     async def find(self, wanted: _Wanted) -> FoundAsset:
         """One asset. What it fails with comes out as _Failed."""
@@ -444,8 +476,23 @@ class _Fetching:
                 if not trouble.transient or download.tried >= self.limits.attempts:
                     words = trouble.words + (f" ({download.tried} tries)" if download.tried > 1 else "")
             else:
+                await self._check(item, sha256)
                 seconds = time.monotonic() - started
-                return FetchedFile(item.input_id, item.position, size, sha256, content_type, seconds)
+                location = self.seal(_location(item.file)) if self.seal else ""
+                return FetchedFile(item.input_id, item.position, size, sha256, content_type, seconds, location=location)
             if not words:
                 await asyncio.sleep(waiting)
         raise _Failed(f"{item.label}: {words}")
+
+    async def _check(self, item: _Item, sha256: str) -> None:
+        """Whether a file is what its owner has declared; else it does not stay."""
+        if isinstance(item.file, AssetFile) or item.file.declared is None:
+            return
+        function, declared = item.file.declared
+        found = sha256
+        if function != "sha256":
+            digest = partial(_digest, item.target, function)
+            found = await asyncio.get_running_loop().run_in_executor(self.disk, digest)
+        if found != declared:
+            item.target.unlink()
+            raise _Failed(f"{item.label}: has another checksum than its owner declares")

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
 
 from blocks.limits import MIB, FilterLimits
-from blocks.store import Kind, Manifest, ManifestFile, ResultStore, StoreUnavailable
+from blocks.store import Kind, Manifest, ManifestFile, ManifestInput, ResultStore, StoreUnavailable
 from tasks.stopping import NEVER, Stoppable, go_on
 
 LONGEST_PATH: Final = 900
@@ -436,6 +436,7 @@ def publish_outputs(
     logs: Mapping[Kind, Path],
     publish_output: bool,
     publish_algorithm_log: bool,
+    inputs: Sequence[ManifestInput] = (),
     stop: Event = NEVER,
     before_it_shows: Callable[[], None] = lambda: None,
 ) -> Manifest:
@@ -444,7 +445,7 @@ def publish_outputs(
 
     Outputs leave if *publish_output* and the report passed; the algorithm's log if *publish_algorithm_log*; the
     other logs always. A log that is not there is left out. The publish log is written here, to the path *logs*
-    has for it. May be repeated: names are the same, and the manifest is replaced.
+    has for it. *inputs* are told in the manifest. May be repeated: names are the same, and the manifest is replaced.
 
     Returns:
         The stage's part of the job's manifest, as stored.
@@ -492,7 +493,7 @@ def publish_outputs(
         if Kind.PUBLISH_LOG in logs:
             logs[Kind.PUBLISH_LOG].write_text(_publish_log(files), encoding="utf-8")
             files.append(send_log(Kind.PUBLISH_LOG, logs[Kind.PUBLISH_LOG]))
-        part = Manifest(files=tuple(files), created=datetime.now(UTC))
+        part = Manifest(files=tuple(files), inputs=tuple(inputs), created=datetime.now(UTC))
         go_on(stop)
         before_it_shows()
         store.publish_manifest(job_id, stage, part)

@@ -135,7 +135,9 @@ def test_status_has_the_fields_of_the_document_in_its_spelling(local: Client) ->
     (status,) = local.get(STATUS, params={"owner": OWNER}).json()
     documented = {"owner", "agreementId", "jobId", "dateCreated", "dateFinished", "status", "statusText"}
     documented |= {"configlogURL", "publishlogURL", "algologURL", "outputsURL"}
-    assert documented | {"expireTimestamp", "reason", "progress", "stage", "stages", "history"} == set(status)
+    assert documented | {"expireTimestamp", "reason", "progress", "secondsLeft", "stage", "stages", "history"} == set(
+        status
+    )
     assert status["dateFinished"] is None
     assert float(status["dateCreated"]) > 1_700_000_000
     assert "waiting for a worker" == status["reason"]

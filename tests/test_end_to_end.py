@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,10 @@ import httpx
 import pytest
 
 from blocks.keys import ProviderKey
+from blocks.limits import MIB
+from blocks.store import Manifest
 from cli.service import Service
+from flows.sealing import Seal
 from tests import documents
 from tests.documents import stage
 from tests.file_server import FileServer
@@ -144,6 +148,7 @@ def jobs(consumer: Consumer, files: FileServer, abroad: OtherProvider) -> dict[s
                 )
             ]
         ),
+        "slow input": one(code(OUTPUT), input=data(files.add(size=12 * MIB, pause=0.4, ranges="ignored"))),
         "stages": workflow(
             stages=[
                 stage(
@@ -277,6 +282,21 @@ def test_results_are_in_order_and_whole(consumer: Consumer, jobs: Mapping[str, s
     assert b"seen\n" == consumer.read(job, "algorithm.log")
 
 
+def test_what_was_read_is_in_the_manifest(service: Service, consumer: Consumer, jobs: Mapping[str, str]) -> None:
+    """Of each file its size, checksum, time and source; where it is from can be read with the service's key only."""
+    job = consumer.wait(jobs["everything"])
+    text = (service.state / "store" / "results" / job["jobId"] / "manifest" / "0.json").read_text()
+    assert MARKER not in text and "127.0.0.1" not in text
+    read = Manifest.model_validate_json(text).inputs
+    contents = [b"first", b"second"]
+    assert [(5, 0), (6, 1)] == [(each.size, each.position) for each in read[:2]]
+    assert [hashlib.sha256(content).hexdigest() for content in contents] == [each.sha256 for each in read[:2]]
+    assert {("did:op:aa", "origin", 0)} == {(each.input, each.source, each.stage) for each in read[:2]}
+    seal = Seal.from_file(service.state / "key")
+    assert all(MARKER in seal.open(each.location)["url"] for each in read[:2])
+    assert float(job["dateCreated"]) <= read[0].fetched.timestamp() <= float(job["dateFinished"])
+
+
 def test_get_result_by_index_and_range(consumer: Consumer, jobs: Mapping[str, str]) -> None:
     """getResult serves a result by its index, whole or in part, to its owner only."""
     job = consumer.wait(jobs["everything"])
@@ -337,6 +357,18 @@ def test_an_algorithm_that_was_not_approved_is_32(consumer: Consumer, jobs: Mapp
     assert 32 == job["status"]
     assert "is not the file that was approved" in job["reason"]
     assert 40 not in statuses(job)
+
+
+def test_how_long_a_fetch_still_takes_is_told(consumer: Consumer, jobs: Mapping[str, str]) -> None:
+    """In words with the bytes that are here, and as a number; and no more once it is over."""
+
+    def estimated(job: Mapping[str, Any]) -> bool:
+        return job["secondsLeft"] is not None or job["dateFinished"] is not None
+
+    job = consumer.wait(jobs["slow input"], estimated)
+    assert 20 == job["status"] and 0.0 <= job["secondsLeft"] < 60.0
+    assert re.search(r"0 of 1 files, [0-9.]+ of 12\.0 MiB, about [0-9]+ s left", job["reason"])
+    assert (70, None) == ((ended := consumer.wait(job["jobId"]))["status"], ended["secondsLeft"])
 
 
 def test_a_stage_is_not_begun_after_one_that_failed(consumer: Consumer, jobs: Mapping[str, str]) -> None:

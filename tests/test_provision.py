@@ -11,21 +11,25 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
 import fsspec
 import pytest
+from cryptography.fernet import Fernet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocks.files import IpfsFile, UrlFile
+from blocks.files import BadFile, IpfsFile, UrlFile, parse_files
 from blocks.guard import is_allowed
 from blocks.limits import MIB, FetchLimits
 from blocks.remote import Access
 from blocks.urls import ForbiddenUrl, check_url
+from flows.sealing import Seal
 from tasks.provision import (
+    ORIGIN,
     AlgorithmUnreachable,
     FetchedFile,
     InputSource,
@@ -592,3 +596,42 @@ def test_configuration_log() -> None:
         f"input did:op:a1 0: 5 bytes, sha256 {'ab' * 32}, text/csv, 0.13 s",
         f"algorithm: 7 bytes, sha256 {'cd' * 32}, 0.00 s",
     ]
+
+
+@pytest.mark.parametrize("function", ["md5", "SHA-1", "sha256", "SHA-512"])
+def test_a_declared_checksum_is_verified(file_server: FileServer, tmp_path: Path, function: str) -> None:
+    """As OEP-8 declares it, in any of its spellings; a file that has another one does not stay."""
+    url = file_server.add(b"declared")
+    digest = hashlib.new(function.replace("-", ""), b"declared").hexdigest().upper()
+    declared = {"url": url, "checksum": digest, "checksumType": function}
+    (fetched,) = fetch_inputs([InputSource("a", 0, parse_files([declared]))], tmp_path, LOOPBACK)
+    assert (8, b"declared") == (fetched.size, (tmp_path / "a" / "0").read_bytes())
+    other = parse_files([{"url": file_server.add(b"another"), "checksum": digest, "checksumType": function}])
+    with pytest.raises(InputUnreachable, match="has another checksum than its owner declares") as refused:
+        fetch_inputs([InputSource("a", 0, other)], tmp_path, LOOPBACK)
+    assert digest.lower() not in str(refused.value)
+    assert [] == names(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ({"checksum": "ab" * 31}, "checksum: must be 64 hexadecimal digits"),
+        ({"checksum": "zz" * 16, "checksumType": "md5"}, "checksum: must be 32 hexadecimal digits"),
+        ({"checksum": "ab" * 32, "checksumType": "crc32"}, "checksumType: must be one of md5, sha1"),
+    ],
+)
+def test_a_checksum_that_is_none_is_refused(declared: dict[str, str], words: str) -> None:
+    with pytest.raises(BadFile, match=f"^{words}"):
+        parse_files([{"url": "https://example.com/x", **declared}])
+    assert parse_files([{"url": "https://example.com/x", "checksum": "", "checksumType": ""}])
+
+
+def test_where_a_file_is_from_is_told_to_this_service_only(file_server: FileServer, tmp_path: Path) -> None:
+    url = f"{file_server.add(b'x')}?{SECRET}"
+    seal = Seal([Fernet.generate_key()])
+    before = datetime.now(UTC)
+    (fetched,) = fetch_inputs([one(url)], tmp_path, LOOPBACK, seal=seal.close)
+    assert SECRET not in fetched.location and SECRET not in repr(fetched)
+    assert url == seal.open(fetched.location)["url"]
+    assert ORIGIN == fetched.source and before <= fetched.at <= datetime.now(UTC)

@@ -12,6 +12,8 @@ from flows.reasons import (
     SILENT_AFTER,
     STAGE_BEGINS,
     STAGE_INTERRUPTED,
+    about,
+    seconds_left,
     why_ended,
     why_live,
     why_stages_wait,
@@ -85,6 +87,24 @@ def test_how_far_a_fetch_is() -> None:
         Status.CONFIGURING, fetching="Inputs of stage 0: 1 of 3 files", seconds=60
     )
     assert "files" not in why_live(Status.FILTERING, fetching="Inputs of stage 0: 3 of 3 files")
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "left"),
+    [
+        (0.5, 10.0, "about 10 s left"),
+        (0.25, 100.0, "about 5 min left"),
+        (0.01, 300.0, "about 8 h left"),
+        (0.999, 5.0, "about 1 s left"),
+        (0.5, 1.0, None),
+        (0.0, 60.0, None),
+        (1.0, 60.0, None),
+    ],
+)
+def test_how_long_a_fetch_still_takes(done: float, seconds: float, left: str | None) -> None:
+    """As long as what is left of it, at the speed so far; nothing is said where that would be a guess."""
+    estimate = seconds_left(done, seconds)
+    assert left == (None if estimate is None else about(estimate))
 
 
 def test_how_long_an_algorithm_has() -> None:
